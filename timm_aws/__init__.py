@@ -1,0 +1,23 @@
+"""Adaptive Weight Shrink for timm: importing this registers the models and optimizers and gives the public names."""
+from . import ws_resnet
+from .effective_lr import effective_lr
+from .normalized_conv import CWNConv2d, WNConv2d, WSConv2d, convert
+from .optimizers import AwsAdam, AwsSGD
+from .param_groups import normalized_weights, param_groups_aws
+from .timm_registry import register
+
+__all__ = [
+    'AwsAdam',
+    'AwsSGD',
+    'CWNConv2d',
+    'WNConv2d',
+    'WSConv2d',
+    'convert',
+    'effective_lr',
+    'normalized_weights',
+    'param_groups_aws',
+    'ws_resnet',
+]
+__version__ = '0.1.0'
+
+register()

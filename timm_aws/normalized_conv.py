@@ -1,0 +1,282 @@
+"""Convolutions that normalize their weight before they use it, and the way into such a network and out of it.
+
+A filter is one output channel's slice of the weight, n = in_channels / groups * kh * kw elements. The layers keep the
+raw weight W as their parameter and convolve with
+
+    Weight Standardization           W' = (W - mean W) / std W          https://arxiv.org/abs/1903.10520
+    Weight Normalization             W' = W / ||W||                     https://arxiv.org/abs/1602.07868
+    Centered Weight Normalization    W' = (W - mean W) / ||W - mean W|| Huang et al., ICCV 2017
+
+taken filter by filter, so that the length of a filter no longer changes the output.
+"""
+import logging
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .data_flow import conv_norm_pairs
+
+__all__ = ['WSConv2d', 'WNConv2d', 'CWNConv2d', 'convert', 'fold_normalization']
+
+_logger = logging.getLogger(__name__)
+
+# Added to the mean square of a filter's elements, below the root. It decides where scale invariance ends: filters
+# whose elements measure 1e-6 still come out right to 5e-5, while the rounding noise that is left of a constant filter
+# once its mean is gone (about 1e-9) is not blown up to a filter of its own.
+_EPS = 1e-16
+
+
+def standardize_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Standardizes each filter to mean 0 and (biased) standard deviation 1, Weight Standardization.
+
+    Args:
+        weight: Filters, (out_channels, ...), the remaining dimensions hold one filter.
+
+    Returns:
+        Tensor of the same shape.
+    """
+    rows = weight.flatten(1)
+    return F.layer_norm(rows, rows.shape[1:], eps=_EPS).view_as(weight)
+
+
+def normalize_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Scales each filter to length 1, Weight Normalization without its gain.
+
+    Args:
+        weight: Filters, (out_channels, ...), the remaining dimensions hold one filter.
+
+    Returns:
+        Tensor of the same shape.
+    """
+    rows = weight.flatten(1)
+    return (F.rms_norm(rows, rows.shape[1:], eps=_EPS) * rows.shape[1] ** -0.5).view_as(weight)
+
+
+def center_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Centers each filter at 0 and scales it to length 1, Centered Weight Normalization.
+
+    Args:
+        weight: Filters, (out_channels, ...), the remaining dimensions hold one filter.
+
+    Returns:
+        Tensor of the same shape.
+    """
+    rows = weight.flatten(1)
+    return (F.layer_norm(rows, rows.shape[1:], eps=_EPS) * rows.shape[1] ** -0.5).view_as(weight)
+
+
+class NormalizedConv2d(nn.Conv2d):
+    """A nn.Conv2d that convolves with `normalized_weight()`; the base of the three layers.
+
+    Arguments, parameters and state-dict keys are those of nn.Conv2d. Input (batch, in_channels, height, width),
+    output (batch, out_channels, height, width).
+
+    Raises:
+        ValueError: If a filter has a single element, whose standard deviation is 0.
+    """
+    normalization: str  # 'ws', 'wn' or 'cwn'
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if _fan_in(self) == 1:
+            raise ValueError(
+                f'{type(self).__name__} needs filters of more than one element, but in_channels={self.in_channels}, '
+                f'groups={self.groups}, kernel_size={self.kernel_size} gives fan-in 1: use nn.Conv2d here.'
+            )
+
+    def normalized_weight(self) -> torch.Tensor:
+        """Returns W', the weight that forward convolves with, in the shape of `weight`."""
+        raise NotImplementedError
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, self.normalized_weight(), self.bias)
+
+    def fuse(self) -> nn.Conv2d:
+        """Returns a plain nn.Conv2d with the same output, the normalized weight as its weight."""
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,
+            device='meta',  # the weights are replaced below, nothing need be drawn for them
+        )
+        conv.weight = nn.Parameter(self.normalized_weight().detach(), requires_grad=self.weight.requires_grad)
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return conv.train(self.training)
+
+
+class WSConv2d(NormalizedConv2d):
+    """nn.Conv2d with Weight Standardization, W' = (W - mean W) / std W per filter.
+
+    Paper: `Weight Standardization` - https://arxiv.org/abs/1903.10520
+    """
+    normalization = 'ws'
+
+    def normalized_weight(self) -> torch.Tensor:
+        return standardize_weight(self.weight)
+
+
+class WNConv2d(NormalizedConv2d):
+    """nn.Conv2d with Weight Normalization, W' = W / ||W|| per filter, without a gain (the norm that follows has one).
+
+    Paper: `Weight Normalization` - https://arxiv.org/abs/1602.07868
+    """
+    normalization = 'wn'
+
+    def normalized_weight(self) -> torch.Tensor:
+        return normalize_weight(self.weight)
+
+
+class CWNConv2d(NormalizedConv2d):
+    """nn.Conv2d with Centered Weight Normalization, W' = (W - mean W) / ||W - mean W|| per filter.
+
+    Paper: `Centered Weight Normalization in Accelerating Training of Deep Neural Networks`, Huang et al., ICCV 2017
+    """
+    normalization = 'cwn'
+
+    def normalized_weight(self) -> torch.Tensor:
+        return center_weight(self.weight)
+
+
+_CONVS = {cls.normalization: cls for cls in (WSConv2d, WNConv2d, CWNConv2d)}
+
+
+def convert(model: nn.Module, normalization: str) -> nn.Module:
+    """Turns every convolution of a network that a norm layer follows into a normalized one, in place.
+
+    Parameters stay the same objects under the same names. A convolution is left alone if no norm follows it (its
+    length matters there: an SE gate, a classifier, the last convolution before a residual addition of a
+    pre-activation block), if its filters have a single element, or if it is of a class with a forward of its own.
+    What was converted and what was left, with the reason, is logged at level INFO.
+
+    Args:
+        model: Network to convert, any nn.Module that contains nn.Conv2d layers.
+        normalization: 'ws', 'wn' or 'cwn'.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: If the normalization is unknown, or if there is nothing in the model to convert.
+    """
+    converted, left = normalize_convs(model, normalization)
+    _logger.info(
+        f'Converted {len(converted)} of {len(converted) + len(left)} convolutions of {type(model).__name__} to '
+        f'{normalization}.{f" Left: {_listing(left)}." if left else ""}'
+    )
+    return model
+
+
+def normalize_convs(model: nn.Module, normalization: str) -> tuple[list[str], dict[str, str]]:
+    """Does the work of `convert`, without a word.
+
+    Args:
+        model: Network to convert.
+        normalization: 'ws', 'wn' or 'cwn'.
+
+    Returns:
+        Names of the convolutions that were converted, and of those that were left with the reason.
+
+    Raises:
+        ValueError: If the normalization is unknown, or if there is nothing in the model to convert.
+    """
+    if normalization not in _CONVS:
+        raise ValueError(f'Unknown normalization: {normalization!r}, choose one of {", ".join(map(repr, _CONVS))}.')
+    reasons = reasons_to_leave(model)
+    converted = [name for name, reason in reasons.items() if reason is None]
+    left = {name: reason for name, reason in reasons.items() if reason is not None}
+    if not converted:
+        raise ValueError(
+            f'{type(model).__name__} has no convolution to convert to {normalization!r}: it has '
+            f'{_listing(left) if left else "no nn.Conv2d at all"}.'
+        )
+    for name in converted:
+        # The subclass adds no state, so that a change of class is the whole conversion: parameters, hooks, device and
+        # mode stay as they are, and nothing is drawn from the random number generator.
+        model.get_submodule(name).__class__ = _CONVS[normalization]
+    return converted, left
+
+
+def _listing(left: dict[str, str]) -> str:
+    return ', '.join(f'{name} ({reason})' for name, reason in left.items())
+
+
+def reasons_to_leave(model: nn.Module) -> dict[str, str | None]:
+    """Tells for every convolution of a network why `convert` would leave it, None where it would convert it.
+
+    Args:
+        model: Network to look at; it is traced with torch.fx, not run.
+
+    Returns:
+        Module name to reason or None, in the order of `named_modules`.
+    """
+    followed = {pair.conv for pair in conv_norm_pairs(model)}
+    return {
+        name: _reason_to_leave(module, name in followed)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+
+
+def _reason_to_leave(conv: nn.Conv2d, followed: bool) -> str | None:
+    if type(conv) not in (nn.Conv2d, *_CONVS.values()):
+        return f'{type(conv).__name__} has a forward of its own'
+    if not followed:
+        return 'no norm follows'
+    if _fan_in(conv) == 1:
+        return 'fan-in 1'
+    return None
+
+
+def fold_normalization(model: nn.Module) -> nn.Module:
+    """Folds weight normalization, and the batch norm behind it, into plain convolutions for inference, in place.
+
+    A batch norm is folded where it has running statistics and is the only consumer of the convolution's output.
+    The activation that timm's norm-act layers hold stays.
+
+    Args:
+        model: Network with normalized convolutions; others are returned as they are.
+
+    Returns:
+        The same module, with outputs equal to those in eval mode before.
+    """
+    convs = {name: m for name, m in model.named_modules() if name and isinstance(m, NormalizedConv2d)}
+    norm_of = {pair.conv: pair.norm for pair in conv_norm_pairs(model) if pair.exclusive} if convs else {}
+    for name, conv in convs.items():
+        plain = conv.fuse()
+        norm = model.get_submodule(norm_of[name]) if name in norm_of else None
+        rest = _after_batch_norm(norm)
+        if rest is not None:
+            plain.weight, plain.bias = fuse_conv_bn_weights(
+                plain.weight, plain.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            _replace(model, norm_of[name], rest)
+        _replace(model, name, plain)
+    return model
+
+
+def _after_batch_norm(norm: nn.Module | None) -> nn.Module | None:
+    """Returns what remains of a norm layer once its statistics are folded away, None if they cannot be."""
+    if getattr(norm, 'running_var', None) is None:
+        return None
+    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return nn.Identity()
+    if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and hasattr(norm, 'drop') and hasattr(norm, 'act'):
+        return nn.Sequential(norm.drop, norm.act)  # timm's BatchNormAct2d
+    return None
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition('.')
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _fan_in(conv: nn.Conv2d) -> int:
+    return conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]

@@ -1,0 +1,450 @@
+"""Optimizers with Adaptive Weight Shrink: AwsSGD, AwsAdam, and the shrink around any other optimizer.
+
+Parameter groups carry the choice, in two keys: `alpha` (0 turns the shrink off) and `normalization` ('ws', 'wn' or
+'cwn'; None for a group whose weights are not normalized). In a group with alpha > 0 each tensor of two or more
+dimensions is shrunk, filter by filter, and takes no weight decay: the shrink replaces it. Tensors of fewer dimensions
+have no filters and take the group's weight decay.
+
+With momentum, Eq. 21 leaves open where the shrink enters (see shrink.py for the equations):
+
+    coupled      gamma * W joins the gradient before momentum, as weight decay does in torch.optim.SGD
+    decoupled    W is multiplied by 1 - lr * gamma, as in torch.optim.AdamW
+
+What is not the shrink is torch's own code: alpha = 0 gives torch.optim.SGD, Adam and AdamW bit for bit.
+"""
+import functools
+import inspect
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+from .shrink import DEFAULT_ALPHA, NORMALIZATIONS, add_shrink, shrink_multiplier
+
+__all__ = ['AwsAdam', 'AwsSGD', 'aws_optimizer']
+
+class _ShrinkGroups(torch.optim.Optimizer):
+    """Parameter groups that carry the shrink: their defaults, their checks, and which tensors they shrink.
+
+    Mixed in before an optimizer of torch or timm, whose constructor calls `_set_shrink` once it has its groups.
+    """
+    alpha_key = 'alpha'
+
+    def _set_shrink(self, **options: Any) -> None:
+        self.defaults.update(options)
+        for group in self.param_groups:
+            self._complete_group(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self.alpha_key in self.defaults:  # not yet while the base constructor adds the first groups
+            self._complete_group(self.param_groups[-1])
+
+    def _complete_group(self, group: dict[str, Any]) -> None:
+        for key in (self.alpha_key, 'normalization', 'decoupled'):
+            if key in self.defaults:
+                group.setdefault(key, self.defaults[key])
+        _check_group(group, self.alpha_key)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state of this optimizer, or that of its base: groups then keep the shrink they have here."""
+        keys = (self.alpha_key, 'normalization', 'decoupled')
+        saved_groups = state_dict['param_groups']
+        if len(saved_groups) == len(self.param_groups) and not all(self.alpha_key in group for group in saved_groups):
+            warnings.warn(
+                f'The loaded state holds no {self.alpha_key}: {type(self).__name__} keeps that of its own groups.',
+                stacklevel=2,
+            )
+            own = [{key: group[key] for key in keys if key in group} for group in self.param_groups]
+            state_dict = {**state_dict, 'param_groups': [{**o, **saved} for o, saved in zip(own, saved_groups)]}
+        super().load_state_dict(state_dict)
+
+    def _shrinks(self, group: dict[str, Any], param: torch.Tensor) -> bool:
+        return group[self.alpha_key] != 0 and param.ndim >= 2
+
+    def _refuse_sparse_gradients(self) -> None:
+        """Looks before anything is updated, so that a step is either taken whole or not at all."""
+        for group in self.param_groups:
+            for param in group['params']:
+                if param.grad is not None and param.grad.is_sparse:
+                    raise TypeError(
+                        f'{type(self).__name__} does not take sparse gradients, but a parameter of shape '
+                        f'{tuple(param.shape)} has one: use sparse=False in its nn.Embedding.'
+                    )
+
+
+def _check_group(group: dict[str, Any], alpha_key: str) -> None:
+    """Checks the values of one parameter group; torch checks only the constructor's, and lets NaN through."""
+    for key in (alpha_key, 'lr', 'momentum', 'dampening', 'weight_decay', 'eps'):
+        value = group.get(key)
+        if value is not None and not (isinstance(value, (int, float, torch.Tensor)) and 0 <= value < math.inf):
+            raise ValueError(f'Invalid {key}: {value!r}, give a finite number of at least 0.')
+    for beta in group.get('betas') or ():
+        if not 0 <= beta < 1:
+            raise ValueError(f'Invalid betas: {group["betas"]!r}, give numbers of at least 0 and below 1.')
+    normalization = group['normalization']
+    if normalization not in (*NORMALIZATIONS, None):
+        raise ValueError(
+            f'Unknown normalization: {normalization!r}, choose one of {", ".join(map(repr, NORMALIZATIONS))}.')
+    if normalization is None and group[alpha_key] != 0:
+        raise ValueError(
+            f'{alpha_key}={group[alpha_key]!r} in a group with normalization=None: weights that are not normalized '
+            f'must not be shrunk, set {alpha_key} to 0 or name their normalization.'
+        )
+    for param in group['params']:
+        if param.is_complex():
+            raise TypeError(
+                f'Complex parameters have no filter length, but one of shape {tuple(param.shape)} is '
+                f'{param.dtype}: hand it to torch.optim.'
+            )
+
+
+def _evaluate(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+class _CoupledOrDecoupled(_ShrinkGroups):
+    """The step that AwsSGD and AwsAdam share; they supply `_update`, torch's own update of a list of tensors."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step, Eq. 21.
+
+        Args:
+            closure: Evaluates the model anew and returns the loss, called with gradients enabled.
+
+        Returns:
+            What the closure returns, None without one.
+
+        Raises:
+            TypeError: If a gradient is sparse.
+        """
+        loss = _evaluate(closure)
+        self._refuse_sparse_gradients()
+        for group in self.param_groups:
+            shrunk = [p for p in group['params'] if self._shrinks(group, p)]
+            plain = [p for p in group['params'] if not self._shrinks(group, p)] if shrunk else group['params']
+            self._update({**group, 'params': plain})
+            for params in [shrunk] if _takes_lists(group, shrunk) else [[p] for p in shrunk]:
+                self._shrink_and_update({**group, 'params': params, 'weight_decay': 0})
+        return loss
+
+    def _shrink_and_update(self, group: dict[str, Any]) -> None:
+        alpha, normalization, maximize = group['alpha'], group['normalization'], group['maximize']
+        if group['decoupled']:
+            for param in group['params']:
+                if param.grad is not None:
+                    param.mul_(shrink_multiplier(param, group['lr'], alpha, normalization))
+            self._update(group)
+        else:
+            self._update(
+                {**group, 'maximize': False},  # the sign is in the gradient already
+                lambda param: add_shrink(param.grad, param, alpha, normalization, maximize),
+            )
+
+    def _update(
+            self,
+            group: dict[str, Any],
+            gradient: Callable[[torch.Tensor], torch.Tensor] = operator.attrgetter('grad'),
+    ) -> None:
+        """Takes torch's step on a group, with what `gradient` makes of a parameter as its gradient."""
+        raise NotImplementedError
+
+    def _match_layout(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Brings state and gradients into the memory format of their parameters; returns the gradients.
+
+        torch's fused CPU kernels walk all of them in storage order and are silently wrong where the strides differ.
+        """
+        for param in params:
+            state = self.state[param]
+            for key, value in state.items():
+                if torch.is_tensor(value) and value.shape == param.shape and value.stride() != param.stride():
+                    state[key] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+        return [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in zip(params, grads)]
+
+
+def _takes_lists(group: dict[str, Any], params: list[torch.Tensor]) -> bool:
+    """Whether the update goes over all tensors at once, by torch's own rule; else one by one, while in cache."""
+    if group['foreach'] is None and not group['fused']:
+        return bool(params) and params[0].is_cuda
+    return bool(group['foreach']) or (bool(group['fused']) and bool(params) and params[0].is_cuda)
+
+
+class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
+    """Stochastic gradient descent with Adaptive Weight Shrink.
+
+    With g the gradient, gamma = alpha * length(W) per filter and b the momentum buffer, a coupled step is
+
+        b <- momentum * b + (1 - dampening) * (g + gamma * W)
+        W <- W - lr * b
+
+    and a decoupled one leaves gamma * W out of b and takes W <- (1 - lr * gamma) W - lr * b.
+
+    Paper: `Understanding the Disharmony between Weight Normalization Family and Weight Decay` -
+        https://arxiv.org/abs/1911.05920
+    """
+
+    def __init__(
+            self,
+            params: Iterable[Any],
+            lr: float | torch.Tensor = 1e-3,
+            momentum: float = 0.,
+            dampening: float = 0.,
+            weight_decay: float = 0.,
+            nesterov: bool = False,
+            *,
+            alpha: float = DEFAULT_ALPHA,
+            normalization: str | None = 'ws',
+            decoupled: bool = False,
+            maximize: bool = False,
+            foreach: bool | None = None,
+            fused: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            params: Parameters or parameter groups; a group may override every option below.
+            lr: Learning rate, a number or a tensor of one element.
+            momentum: Momentum factor.
+            dampening: Dampening of the momentum.
+            weight_decay: Weight decay of what is not shrunk, added to the gradient.
+            nesterov: Nesterov momentum.
+            alpha: Shrink coefficient, 0 turns the shrink off.
+            normalization: How the weights are normalized: 'ws', 'wn' or 'cwn'.
+            decoupled: Whether the shrink acts on the weight directly rather than through the momentum buffer.
+            maximize: Climb the gradient. The shrink shrinks all the same.
+            foreach: torch's multi-tensor update, its default on CUDA.
+            fused: torch's fused update.
+
+        Raises:
+            ValueError: If a value is negative, not finite or unknown.
+            TypeError: If a parameter is complex.
+        """
+        super().__init__(
+            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach, fused=fused)
+        self._set_shrink(alpha=alpha, normalization=normalization, decoupled=decoupled)
+        self._step_supports_amp_scaling = False  # the shrink joins gradients that are unscaled
+
+    def _update(self, group, gradient=operator.attrgetter('grad')):
+        params = [p for p in group['params'] if p.grad is not None]
+        grads = [gradient(p) for p in params]
+        if group['fused']:
+            grads = self._match_layout(params, grads)
+        buffers = [self.state[p].get('momentum_buffer') for p in params]
+        sgd(
+            params,
+            grads,
+            buffers,
+            weight_decay=group['weight_decay'],
+            momentum=group['momentum'],
+            lr=group['lr'],
+            dampening=group['dampening'],
+            nesterov=group['nesterov'],
+            maximize=group['maximize'],
+            foreach=group['foreach'],
+            fused=group['fused'],
+        )
+        if group['momentum'] != 0:
+            for param, buffer in zip(params, buffers):
+                self.state[param]['momentum_buffer'] = buffer
+
+
+class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
+    """Adam with Adaptive Weight Shrink.
+
+    Decoupled (the default) W is multiplied by 1 - lr * gamma before Adam's update, gamma = alpha * length(W) per
+    filter, and the weight decay of what is not shrunk is that of torch.optim.AdamW. Coupled, gamma * W joins the
+    gradient, where the second moment rescales it, and the weight decay is that of torch.optim.Adam.
+
+    Paper: `Understanding the Disharmony between Weight Normalization Family and Weight Decay` -
+        https://arxiv.org/abs/1911.05920
+    """
+
+    def __init__(
+            self,
+            params: Iterable[Any],
+            lr: float | torch.Tensor = 1e-3,
+            betas: tuple[float, float] = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 0.,
+            amsgrad: bool = False,
+            *,
+            alpha: float = DEFAULT_ALPHA,
+            normalization: str | None = 'ws',
+            decoupled: bool = True,
+            maximize: bool = False,
+            foreach: bool | None = None,
+            capturable: bool = False,
+            fused: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            params: Parameters or parameter groups; a group may override every option below.
+            lr: Learning rate, a number or a tensor of one element.
+            betas: Coefficients of the running averages of the gradient and of its square.
+            eps: Added to the denominator.
+            weight_decay: Weight decay of what is not shrunk.
+            amsgrad: Use the maximum of the second moments so far.
+            alpha: Shrink coefficient, 0 turns the shrink off.
+            normalization: How the weights are normalized: 'ws', 'wn' or 'cwn'.
+            decoupled: Whether shrink and weight decay act on the weight directly rather than through the gradient.
+            maximize: Climb the gradient. The shrink shrinks all the same.
+            foreach: torch's multi-tensor update, its default on CUDA.
+            capturable: Whether a step can be captured in a CUDA graph.
+            fused: torch's fused update.
+
+        Raises:
+            ValueError: If a value is negative, not finite or unknown.
+            TypeError: If a parameter is complex.
+        """
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            fused=fused,
+            decoupled_weight_decay=decoupled,
+        )
+        self._set_shrink(alpha=alpha, normalization=normalization, decoupled=decoupled)
+        self._step_supports_amp_scaling = False  # the shrink joins gradients that are unscaled
+
+    def _complete_group(self, group):
+        super()._complete_group(group)
+        group['decoupled_weight_decay'] = group['decoupled']
+
+    def _update(self, group, gradient=operator.attrgetter('grad')):
+        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = [], [], [], [], []
+        if group['fused']:
+            self._match_layout([p for p in group['params'] if p in self.state], [])
+        self._init_group(group, params, [], exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+        grads = [gradient(p) for p in params]
+        if group['fused']:
+            grads = self._match_layout(params, grads)
+        adam(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
+            amsgrad=group['amsgrad'],
+            beta1=group['betas'][0],
+            beta2=group['betas'][1],
+            lr=group['lr'],
+            weight_decay=group['weight_decay'],
+            eps=group['eps'],
+            maximize=group['maximize'],
+            foreach=group['foreach'],
+            capturable=group['capturable'],
+            fused=group['fused'],
+            decoupled_weight_decay=group['decoupled_weight_decay'],
+        )
+
+
+class _DecoupledShrink(_ShrinkGroups):
+    """The decoupled shrink around another optimizer's step, mixed in by `aws_optimizer`."""
+    base: type[torch.optim.Optimizer]
+
+    def __init__(
+            self,
+            params: Iterable[Any],
+            *args: Any,
+            alpha: float = DEFAULT_ALPHA,
+            normalization: str | None = 'ws',
+            **options: Any,
+    ) -> None:
+        accepted = inspect.signature(self.base).parameters
+        if 'decoupled' not in accepted and options.pop('decoupled', True) is not True:
+            raise ValueError(
+                f'{type(self).__name__} shrinks decoupled only, got decoupled=False: leave the option out, '
+                f'or use AwsSGD or AwsAdam.'
+            )
+        if 'alpha' in accepted and 'base_alpha' in options:
+            options['alpha'] = options.pop('base_alpha')
+        super().__init__(params, *args, **options)
+        self._set_shrink(**{self.alpha_key: alpha, 'normalization': normalization})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Shrinks each filter by 1 - lr * gamma, then takes the base optimizer's step.
+
+        Args:
+            closure: Evaluates the model anew and returns the loss, called with gradients enabled.
+
+        Returns:
+            What the closure returns, None without one.
+
+        Raises:
+            TypeError: If a gradient is sparse.
+            ValueError: If the base optimizer sets its learning rate itself (lr=None).
+        """
+        loss = _evaluate(closure)
+        self._refuse_sparse_gradients()
+        # A second-order optimizer differentiates through the weights in its step: they must not change before it.
+        afterwards = []
+        for param, multiplier in self._multipliers():
+            if getattr(self, 'is_second_order', False):
+                afterwards.append((param, param * (1 - multiplier)))
+            else:
+                param.mul_(multiplier)
+        self._base_step()
+        for param, decrement in afterwards:
+            param.sub_(decrement)
+        return loss
+
+    def _multipliers(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        for group in self.param_groups:
+            for param in group['params']:
+                if param.grad is not None and self._shrinks(group, param):
+                    if group['lr'] is None:
+                        raise ValueError(f'{type(self).__name__} needs a learning rate for the shrink: give lr.')
+                    yield param, shrink_multiplier(param, group['lr'], group[self.alpha_key], group['normalization'])
+
+    def _base_step(self) -> None:
+        step = self.base.step
+        if getattr(step, 'hooked', False):  # torch has wrapped it to run the step hooks, which run around ours already
+            step = step.__wrapped__
+        step(self)
+
+    def __reduce__(self):
+        # Classes made by a function cannot be found by name: pickle and deepcopy get the base class instead.
+        return _new_aws_optimizer, (self.base,), self.__getstate__()
+
+
+@functools.cache
+def aws_optimizer(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Makes the class of an optimizer with the decoupled shrink around its step.
+
+    The class takes the options of the base and `alpha` and `normalization`, defaults of every parameter group as in
+    AwsSGD. Where the base has an `alpha` of its own (RMSprop), that one is given as `base_alpha`, and the group key of
+    the shrink is `aws_alpha`.
+
+    Args:
+        base: An optimizer class.
+
+    Returns:
+        A subclass of the base, called Aws and the name of the base.
+    """
+    has_alpha = 'alpha' in inspect.signature(base).parameters
+    return type(f'Aws{base.__name__}', (_DecoupledShrink, base), {
+        '__doc__': f'{base.__name__} with decoupled Adaptive Weight Shrink, see `aws_optimizer`.',
+        'base': base,
+        'alpha_key': 'aws_alpha' if has_alpha else 'alpha',
+    })
+
+
+def _new_aws_optimizer(base: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    cls = aws_optimizer(base)
+    return cls.__new__(cls)

@@ -1,0 +1,127 @@
+"""Parameter groups: which parameters are normalized weights, and the split of groups by it."""
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.optim import param_groups_weight_decay
+from torch.nn.utils.weight_norm import WeightNorm
+
+from .normalized_conv import NormalizedConv2d
+from .shrink import DEFAULT_ALPHA
+
+__all__ = ['normalized_weights', 'param_groups_aws', 'split_normalized']
+
+
+def normalized_weights(model: nn.Module) -> dict[str, str]:
+    """Finds the parameters whose length does not change the model's output.
+
+    Found are the weights of this package's layers, of timm's StdConv2d, StdConv2dSame, ScaledStdConv2d and
+    ScaledStdConv2dSame, and the directions of torch's weight_norm (dim=0) in its old and its parametrized form.
+
+    Args:
+        model: Any module, wrapped or compiled ones too.
+
+    Returns:
+        Name in `named_parameters` to normalization, 'ws', 'wn' or 'cwn', in the order of `named_modules`.
+    """
+    return {
+        f'{prefix}.{name}' if prefix else name: normalization
+        for prefix, module in model.named_modules()
+        for name, normalization in _normalized_in(module)
+    }
+
+
+def _normalized_in(module: nn.Module) -> Iterable[tuple[str, str]]:
+    """Yields the module's own normalized parameters with their normalization."""
+    if isinstance(module, NormalizedConv2d):
+        yield 'weight', module.normalization
+    elif isinstance(module, (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)):
+        yield 'weight', 'ws'
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.dim == 0:
+            yield f'{hook.name}_v', 'wn'
+    for name, parametrizations in getattr(module, 'parametrizations', {}).items():
+        # The class is private to torch, its name and `dim` are all there is to know it by.
+        if type(parametrizations[0]).__name__ == '_WeightNorm' and parametrizations[0].dim == 0:
+            yield f'parametrizations.{name}.original1', 'wn'
+
+
+def param_groups_aws(
+        model: nn.Module,
+        alpha: float = DEFAULT_ALPHA,
+        weight_decay: float = 0.,
+        no_weight_decay_list: Collection[str] = (),
+        weight_decay_exclude_1d: bool = True,
+) -> list[dict[str, Any]]:
+    """Makes parameter groups for AwsSGD and AwsAdam: shrink for normalized weights, timm's weight decay for the rest.
+
+    Args:
+        model: Model with normalized weights.
+        alpha: Shrink coefficient of the normalized weights.
+        weight_decay: Weight decay of the others.
+        no_weight_decay_list: Name patterns of parameters that get no decay.
+        weight_decay_exclude_1d: Whether biases and norm parameters get no decay.
+
+    Returns:
+        Parameter groups with the keys params, param_names, weight_decay, alpha and normalization.
+
+    Raises:
+        ValueError: If the model has no normalized weights.
+    """
+    groups = param_groups_weight_decay(
+        model,
+        weight_decay,
+        weight_decay_exclude_1d=weight_decay_exclude_1d,
+        no_weight_decay_list=no_weight_decay_list,
+    )
+    return split_normalized(groups, model, alpha)
+
+
+def split_normalized(
+        groups: Iterable[dict[str, Any] | torch.Tensor],
+        model: nn.Module,
+        alpha: float,
+        alpha_key: str = 'alpha',
+) -> list[dict[str, Any]]:
+    """Splits parameter groups into normalized weights, which get the shrink and no decay, and the rest.
+
+    Other keys of a group stay with both halves. A group that has the shrink's key already is left as it is.
+
+    Args:
+        groups: Parameter groups, or bare parameters.
+        model: Model that the parameters are from.
+        alpha: Shrink coefficient of the normalized weights.
+        alpha_key: Group key that holds it.
+
+    Returns:
+        Parameter groups that name their parameters.
+
+    Raises:
+        ValueError: If the model has no normalized weights.
+    """
+    normalization_of = normalized_weights(model)
+    if not normalization_of:
+        raise ValueError(
+            f'{type(model).__name__} has no normalized weights for the shrink to act on: build a ws_ model, '
+            f"call timm_aws.convert(model, 'ws') first, or use the optimizer without aws_."
+        )
+    name_of = {param: name for name, param in model.named_parameters()}
+    groups = [group if isinstance(group, dict) else {'params': [group]} for group in groups]
+    out = []
+    for group in groups:
+        params = [group['params']] if torch.is_tensor(group['params']) else list(group['params'])
+        if alpha_key in group:
+            out.append({**group, 'params': params, 'param_names': [name_of[p] for p in params]})
+            continue
+        halves: dict[str | None, list[torch.Tensor]] = {}
+        for param in params:
+            halves.setdefault(normalization_of.get(name_of[param]), []).append(param)
+        for normalization, half in halves.items():
+            names = [name_of[p] for p in half]
+            keys = {'params': half, 'param_names': names, 'normalization': normalization, alpha_key: 0.}
+            if normalization is not None:
+                keys.update({alpha_key: alpha, 'weight_decay': 0.})
+            out.append({**group, **keys})
+    return out

@@ -1,0 +1,106 @@
+"""Everything that needs timm's private modules: optimizers enter its factory, folding enters its reparameterization.
+
+timm's factory keeps only what follows the last underscore of an optimizer's name, so that `aws_sgd` would silently be
+`sgd`. The registry instance's `create_optimizer` is wrapped for names that begin with `aws_`: they are resolved in a
+registry of their own, where the name has no underscore. Every other name goes to timm as it came.
+"""
+import copy
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import timm.models
+import timm.models._manipulate
+import timm.utils
+import timm.utils.model
+import torch
+import torch.nn as nn
+from timm.optim._optim_factory import OptimInfo, OptimizerRegistry, default_registry
+
+from .normalized_conv import NormalizedConv2d, fold_normalization
+from .optimizers import AwsAdam, AwsSGD, aws_optimizer
+from .param_groups import split_normalized
+from .shrink import DEFAULT_ALPHA
+
+__all__ = ['register']
+
+_PREFIX = 'aws_'
+_LOOKAHEAD = 'lookahead_'
+
+
+def register() -> None:
+    """Registers the optimizers and the folding with timm; doing so again changes nothing."""
+    names = default_registry.list_optimizers()
+    if f'{_PREFIX}sgd' in names:
+        return
+    for name in names:
+        default_registry.register(_shrinking(name, default_registry.get_optimizer_info(name)))
+    # On the instance: train.py holds the module's functions already, and they all end up here.
+    default_registry.create_optimizer = functools.partial(_create_optimizer, default_registry.create_optimizer)
+    for module in (timm.models._manipulate, timm.models, timm.utils.model, timm.utils):
+        if hasattr(module, 'reparameterize_model'):
+            module.reparameterize_model = _folding(module.reparameterize_model)
+
+
+def _shrinking(name: str, base: OptimInfo) -> OptimInfo:
+    """Describes to timm the optimizer `aws_<name>`."""
+    info = replace(base, name=_PREFIX + name, description=f'Adaptive Weight Shrink around {name}, decoupled')
+    if name == 'sgd':
+        return replace(info, opt_class=AwsSGD, description='SGD with Adaptive Weight Shrink', defaults=None)
+    if name == 'adam':
+        return replace(info, opt_class=AwsAdam, description='Adam with Adaptive Weight Shrink', defaults=None)
+    if base.opt_class is torch.optim.SGD:  # timm's names for the other settings of SGD
+        return replace(info, opt_class=AwsSGD, defaults={**(base.defaults or {}), 'decoupled': True})
+    if isinstance(base.opt_class, str):  # of a package that is imported when it is asked for, see __getattr__
+        return replace(info, opt_class=f'{__name__}.{info.name}')
+    opt_class = aws_optimizer(base.opt_class)
+    if opt_class.alpha_key != 'alpha' and base.defaults:
+        info = replace(info, defaults={'base_alpha' if k == 'alpha' else k: v for k, v in base.defaults.items()})
+    return replace(info, opt_class=opt_class)
+
+
+def __getattr__(name: str) -> type[torch.optim.Optimizer]:
+    """Makes the class of `aws_<name>` for optimizers of packages that timm imports when they are asked for."""
+    if not name.startswith(_PREFIX):
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return aws_optimizer(default_registry.get_optimizer_class(name.removeprefix(_PREFIX), bind_defaults=False))
+
+
+def _create_optimizer(
+        create_optimizer: Callable[..., torch.optim.Optimizer],
+        model_or_params: nn.Module | Iterable[Any],
+        opt: str,
+        *args: Any,
+        **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """Stands in for `OptimizerRegistry.create_optimizer`, which it calls for names that are not ours."""
+    lookahead, name = _LOOKAHEAD if opt.lower().startswith(_LOOKAHEAD) else '', opt.lower().removeprefix(_LOOKAHEAD)
+    if not name.startswith(_PREFIX):
+        return create_optimizer(model_or_params, opt, *args, **kwargs)
+    info = default_registry.get_optimizer_info(name)
+    opt_class = default_registry.get_optimizer_class(info, bind_defaults=False)
+
+    def split_and_create(params: Iterable[Any], **options: Any) -> torch.optim.Optimizer:
+        if isinstance(model_or_params, nn.Module):
+            alpha = options.get('alpha', DEFAULT_ALPHA)
+            params = split_normalized(params, model_or_params, alpha, opt_class.alpha_key)
+        return opt_class(params, **options)
+
+    # timm groups the parameters, sorts out the options and adds Lookahead as for any other optimizer.
+    registry = OptimizerRegistry()
+    base_name = name.removeprefix(_PREFIX)
+    registry.register(replace(info, name=base_name, opt_class=split_and_create))
+    return registry.create_optimizer(model_or_params, lookahead + base_name, *args, **kwargs)
+
+
+def _folding(reparameterize_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Makes timm's reparameterization fold weight normalization, and batch norm with it, before it does the rest."""
+
+    @functools.wraps(reparameterize_model)
+    def fold_and_reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
+        if any(isinstance(module, NormalizedConv2d) for module in model.modules()):
+            model, inplace = fold_normalization(model if inplace else copy.deepcopy(model)), True
+        return reparameterize_model(model, inplace=inplace)
+
+    return fold_and_reparameterize

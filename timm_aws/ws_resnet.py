@@ -1,0 +1,151 @@
+"""ResNets with normalized weights, in timm's style: the networks of the paper and the rest of their family.
+
+timm's ResNet has no argument for the class of its convolutions, so it is built first and converted in the constructor:
+keys, parameter counts, initialization and every keyword stay those of timm's own model.
+
+Papers:
+* `Understanding the Disharmony between Weight Normalization Family and Weight Decay` - https://arxiv.org/abs/1911.05920
+* `Weight Standardization` - https://arxiv.org/abs/1903.10520
+"""
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from .normalized_conv import normalize_convs
+
+__all__ = ['NormalizedResNet']  # register_model adds each entry point to this
+
+
+class NormalizedResNet(ResNet):
+    """timm's ResNet with a normalized weight in every convolution that a norm layer follows.
+
+    Takes every argument of timm.models.resnet.ResNet.
+    """
+
+    def __init__(self, *args, normalization: str = 'ws', **kwargs) -> None:
+        """
+        Args:
+            normalization: How the weights are normalized: 'ws', 'wn' or 'cwn'.
+        """
+        super().__init__(*args, **kwargs)
+        normalize_convs(self, normalization)
+
+
+def _create_ws_resnet(variant: str, pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    return build_model_with_cfg(NormalizedResNet, variant, pretrained, **kwargs)
+
+
+def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc',
+        'license': 'apache-2.0', 'paper_ids': 'arXiv:1911.05920',
+        **kwargs
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'ws_resnet18.untrained': _cfg(),
+    'ws_resnet34.untrained': _cfg(),
+    'ws_resnet50.untrained': _cfg(),
+    'ws_resnet101.untrained': _cfg(),
+    'ws_resnet152.untrained': _cfg(),
+    'ws_resnext50.untrained': _cfg(),
+    'ws_resnext101.untrained': _cfg(),
+    'ws_seresnet50.untrained': _cfg(),
+    'ws_seresnet101.untrained': _cfg(),
+    'wn_resnet50.untrained': _cfg(),
+    'cwn_resnet50.untrained': _cfg(),
+    'test_ws_resnet.untrained': _cfg(input_size=(3, 160, 160), pool_size=(5, 5), first_conv='conv1.0'),
+})
+
+
+@register_model
+def ws_resnet18(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs a ResNet-18 with Weight Standardization, the twin of timm's resnet18."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_ws_resnet('ws_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ws_resnet34(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs a ResNet-34 with Weight Standardization, the twin of timm's resnet34."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return _create_ws_resnet('ws_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ws_resnet50(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs a ResNet-50 with Weight Standardization, the twin of timm's resnet50."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return _create_ws_resnet('ws_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ws_resnet101(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs a ResNet-101 with Weight Standardization, the twin of timm's resnet101."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    return _create_ws_resnet('ws_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ws_resnet152(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs a ResNet-152 with Weight Standardization, the twin of timm's resnet152."""
+    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+    return _create_ws_resnet('ws_resnet152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ws_resnext50(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs a ResNeXt-50 32x4d with Weight Standardization, the twin of timm's resnext50_32x4d."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
+    return _create_ws_resnet('ws_resnext50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ws_resnext101(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs a ResNeXt-101 32x4d with Weight Standardization, the twin of timm's resnext101_32x4d."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), cardinality=32, base_width=4)
+    return _create_ws_resnet('ws_resnext101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ws_seresnet50(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs an SE-ResNet-50 with Weight Standardization, the twin of timm's seresnet50."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), block_args=dict(attn_layer='se'))
+    return _create_ws_resnet('ws_seresnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ws_seresnet101(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs an SE-ResNet-101 with Weight Standardization, the twin of timm's seresnet101."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), block_args=dict(attn_layer='se'))
+    return _create_ws_resnet('ws_seresnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wn_resnet50(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs a ResNet-50 with Weight Normalization, the twin of timm's resnet50."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), normalization='wn')
+    return _create_ws_resnet('wn_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cwn_resnet50(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs a ResNet-50 with Centered Weight Normalization, the twin of timm's resnet50."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), normalization='cwn')
+    return _create_ws_resnet('cwn_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_ws_resnet(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs a tiny ResNet with Weight Standardization for tests, the twin of timm's test_resnet."""
+    model_args = dict(
+        block=[BasicBlock, BasicBlock, Bottleneck, BasicBlock], layers=(1, 1, 1, 1),
+        stem_width=16, stem_type='deep', avg_down=True, channels=(32, 48, 48, 96))
+    return _create_ws_resnet('test_ws_resnet', pretrained, **dict(model_args, **kwargs))
