@@ -111,7 +111,7 @@ def prepare(source: Path, out: Path, expected: Expected = TINY_IMAGENET) -> bool
             progress.update(name != CLASSES_FILE)
     try:
         check_folder(partial, expected)
-    except PrepareError as error:
+    except (PrepareError, OSError) as error:
         raise PrepareError(f'{error}; remove {partial} and run again with a complete {source}') from None
     if hasattr(os, 'sync'):  # not on Windows
         os.sync()  # else a power failure could keep the name and lose the contents

@@ -69,7 +69,7 @@ def make_images() -> dict[str, bytes]:
     for wnid in WORDS:
         for index in range(PER_CLASS['train']):
             images[f'train/{wnid}/{wnid}_{index}.JPEG'] = wnid
-        for index in range(PER_CLASS['val']):
+        for _ in range(PER_CLASS['val']):
             images[f'val/{wnid}/val_{len(images)}.JPEG'] = wnid
     return {name: b'\xff\xd8' + name.encode() * 9 + b'\xff\xd9' for name in images}
 
@@ -159,7 +159,9 @@ def run(source: Path, out: Path, expected: script.Expected) -> int:
 def read_error(capsys: pytest.CaptureFixture) -> str:
     printed = capsys.readouterr()
     assert printed.out == ''
-    assert printed.err.startswith('error: ') and printed.err.endswith('\n') and printed.err.count('\n') == 1
+    assert printed.err.startswith('error: ')
+    assert printed.err.endswith('\n')
+    assert printed.err.count('\n') == 1
     return printed.err
 
 
@@ -206,7 +208,8 @@ def test_command(tmp_path, out):
     done = subprocess.run([sys.executable, SCRIPT, source, out], check=False, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ''
-    assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+    assert done.stderr.startswith('error: ')
+    assert done.stderr.count('\n') == 1
     assert 'is not a table of wnid and words of 200 classes' in done.stderr
     assert not out.exists()
 
@@ -238,7 +241,8 @@ def test_link_to_another_disk(tmp_path, out):
     out.parent.mkdir()
     out.symlink_to(disk)
     assert run(source, out, expected) == 0
-    assert out.is_symlink() and read_tree(disk) == COMPLETE
+    assert out.is_symlink()
+    assert read_tree(disk) == COMPLETE
     assert os.listdir(out.parent) == ['tiny']
 
 
@@ -383,7 +387,7 @@ def test_link_in_a_part(kind, tmp_path, out, partial, capsys):
 def test_hostile_names_in_the_zip_are_not_taken(tmp_path, out):
     root = 'tiny-imagenet-200/'
     names = ['../x.JPEG', '/x.JPEG', f'{root}train/n01443537/images/../../../../x.JPEG', f'{root}val/images/../x.JPEG']
-    source = make_zip(tmp_path / 'hostile.zip', {name: b'\xff\xd8hostile\xff\xd9' for name in names} | official_files())
+    source = make_zip(tmp_path / 'hostile.zip', dict.fromkeys(names, b'\xff\xd8hostile\xff\xd9') | official_files())
     assert run(source, out, script.Expected({}, 2, PER_CLASS)) == 0
     assert read_tree(out) == COMPLETE
     assert sorted(os.listdir(tmp_path)) == ['data', 'hostile.zip']
@@ -427,7 +431,7 @@ def test_cut_off_image_in_an_unpacked_folder(tmp_path, out, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize('lost, message', [
+@pytest.mark.parametrize(('lost', 'message'), [
     ('wnids.txt', 'lacks tiny-imagenet-200/wnids.txt'),
     ('words.txt', 'lacks tiny-imagenet-200/words.txt'),
     ('val/val_annotations.txt', 'lacks tiny-imagenet-200/val/val_annotations.txt'),
@@ -445,6 +449,14 @@ def test_incomplete_zip_then_complete_one(lost, message, tmp_path, out, capsys):
     assert not out.exists()
     assert run(complete, out, expected) == 0
     assert read_tree(out) == COMPLETE
+
+
+def test_zip_without_a_split(tmp_path, out, partial, capsys):
+    files = {name: data for name, data in official_files().items() if '/train/' not in name}
+    source = make_zip(tmp_path / 'val.zip', files)
+    assert run(source, out, script.Expected({}, 2, PER_CLASS)) == 1
+    assert f'remove {partial} and run again with a complete {source}' in read_error(capsys)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize('extra', [
@@ -491,8 +503,10 @@ def test_real_archives(tmp_path):
     out = tmp_path / 'tiny-imagenet'
     assert run(Path(ARCHIVES), out, script.TINY_IMAGENET) == 0
     splits = {split: {path.name: len(os.listdir(path)) for path in (out / split).iterdir()} for split in PER_CLASS}
-    assert len(splits['train']) == 200 and set(splits['train'].values()) == {500}
-    assert splits['val'].keys() == splits['train'].keys() and set(splits['val'].values()) == {50}
+    assert len(splits['train']) == 200
+    assert set(splits['train'].values()) == {500}
+    assert splits['val'].keys() == splits['train'].keys()
+    assert set(splits['val'].values()) == {50}
     assert (out / 'classes.tsv').read_bytes() == Path(ARCHIVES, 'tiny-imagenet-200-classes.tsv').read_bytes()
     for name in script.TINY_IMAGENET.parts:
         with tarfile.open(Path(ARCHIVES, name)) as archive:

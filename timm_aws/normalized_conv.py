@@ -24,47 +24,51 @@ _logger = logging.getLogger(__name__)
 
 # Added to the mean square of a filter's elements, below the root. It decides where scale invariance ends: filters
 # whose elements measure 1e-6 still come out right to 5e-5, while the rounding noise that is left of a constant filter
-# once its mean is gone (about 1e-9) is not blown up to a filter of its own.
+# once its mean is gone (about 1e-9) is not blown up to a filter of its own. (An argument below as TorchScript knows no
+# global variables.)
 _EPS = 1e-16
 
 
-def standardize_weight(weight: torch.Tensor) -> torch.Tensor:
+def standardize_weight(weight: torch.Tensor, eps: float = _EPS) -> torch.Tensor:
     """Standardizes each filter to mean 0 and (biased) standard deviation 1, Weight Standardization.
 
     Args:
         weight: Filters, (out_channels, ...), the remaining dimensions hold one filter.
+        eps: Added to the mean square of a filter's elements.
 
     Returns:
         Tensor of the same shape.
     """
     rows = weight.flatten(1)
-    return F.layer_norm(rows, rows.shape[1:], eps=_EPS).view_as(weight)
+    return F.layer_norm(rows, rows.shape[1:], eps=eps).view_as(weight)
 
 
-def normalize_weight(weight: torch.Tensor) -> torch.Tensor:
+def normalize_weight(weight: torch.Tensor, eps: float = _EPS) -> torch.Tensor:
     """Scales each filter to length 1, Weight Normalization without its gain.
 
     Args:
         weight: Filters, (out_channels, ...), the remaining dimensions hold one filter.
+        eps: Added to the mean square of a filter's elements.
 
     Returns:
         Tensor of the same shape.
     """
     rows = weight.flatten(1)
-    return (F.rms_norm(rows, rows.shape[1:], eps=_EPS) * rows.shape[1] ** -0.5).view_as(weight)
+    return (F.rms_norm(rows, rows.shape[1:], eps=eps) * rows.shape[1] ** -0.5).view_as(weight)
 
 
-def center_weight(weight: torch.Tensor) -> torch.Tensor:
+def center_weight(weight: torch.Tensor, eps: float = _EPS) -> torch.Tensor:
     """Centers each filter at 0 and scales it to length 1, Centered Weight Normalization.
 
     Args:
         weight: Filters, (out_channels, ...), the remaining dimensions hold one filter.
+        eps: Added to the mean square of a filter's elements.
 
     Returns:
         Tensor of the same shape.
     """
     rows = weight.flatten(1)
-    return (F.layer_norm(rows, rows.shape[1:], eps=_EPS) * rows.shape[1] ** -0.5).view_as(weight)
+    return (F.layer_norm(rows, rows.shape[1:], eps=eps) * rows.shape[1] ** -0.5).view_as(weight)
 
 
 class NormalizedConv2d(nn.Conv2d):
