@@ -1,0 +1,81 @@
+"""Runs timm's own tests on the models and optimizers of this package.
+
+    python scripts/timm_conformance.py [PYTEST ARGS...]
+
+The tests are those of the installed timm, taken from its source distribution, which pip downloads into a temporary
+folder. test_models.py and test_optim.py find our names in timm's registry as they find timm's own; what is run are
+the cases with one of our names. Left out is what timm leaves out for the same optimizer without the aws_: apex's,
+bitsandbytes' and Kron, for packages that are not there.
+
+This file is the pytest plugin that does the selection as well.
+"""
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import timm
+
+import timm_aws  # noqa: F401  registers the names
+
+_TEST_FILES = ('test_models.py', 'test_optim.py')
+_EXCLUDED_BY_TIMM = ('fused*', 'bnb*', 'kron*')
+
+
+def _our_names() -> set[str]:
+    optimizers = timm.optim.list_optimizers('aws_*', [f'aws_{pattern}' for pattern in _EXCLUDED_BY_TIMM])
+    # Names with and without tag: timm's tests of the cfgs go over tags.
+    return {*optimizers, *timm.list_models(module='ws_resnet'), *timm.list_models(module='ws_resnet', include_tags=True)}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the cases that are about one of our names."""
+    ours = _our_names()
+    kept = [item for item in items if ours & {v for v in _params(item).values() if isinstance(v, str)}]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _params(item: pytest.Item) -> dict:
+    return item.callspec.params if hasattr(item, 'callspec') else {}
+
+
+def download_tests(folder: Path) -> Path:
+    """Downloads the source distribution of the installed timm and unpacks its tests.
+
+    Args:
+        folder: Folder to put them in.
+
+    Returns:
+        The folder of the tests.
+
+    Raises:
+        subprocess.CalledProcessError: If pip cannot download the distribution.
+    """
+    requirement = f'timm=={timm.__version__}'
+    command = ['download', '--quiet', '--no-deps', '--no-binary', 'timm', '--dest', str(folder), requirement]
+    subprocess.run([sys.executable, '-m', 'pip', *command], check=True)
+    archive, = folder.glob('timm-*.tar.gz')
+    root = archive.name.removesuffix('.tar.gz')
+    with tarfile.open(archive) as tar:
+        members = [member for member in tar.getmembers() if fnmatch(member.name, f'{root}/tests/*.py')]
+        tar.extractall(folder, members, filter='data')
+    return folder / root / 'tests'
+
+
+def main() -> int:
+    """Downloads the tests and runs them; returns pytest's exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        tests = download_tests(Path(folder))
+        environment = {**os.environ, 'PYTHONPATH': os.path.dirname(os.path.abspath(__file__)), 'TORCH_DEVICE': 'cpu'}
+        # Outside the repository: neither our configuration nor our folder is found there.
+        command = [sys.executable, '-m', 'pytest', '-p', 'timm_conformance', '-q', *sys.argv[1:], *_TEST_FILES]
+        return subprocess.run(command, cwd=tests, env=environment).returncode
+
+
+if __name__ == '__main__':
+    sys.exit(main())

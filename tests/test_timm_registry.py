@@ -1,0 +1,225 @@
+"""What timm's factory makes of our names, and that it is left alone for every other."""
+import argparse
+import importlib
+import subprocess
+import sys
+
+import pytest
+import timm
+import timm.optim
+import torch
+import torch.nn as nn
+from timm.optim import create_optimizer, create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
+from timm.optim._optim_factory import default_registry
+
+import timm_aws
+from timm_aws import AwsAdam, AwsSGD
+
+OTHERS = [
+    name for name in list_optimizers(exclude_filters=['aws_*', 'fused*', 'bnb*', 'kron*']) if name not in ('sgd', 'adam')]
+
+
+def _model():
+    return timm.create_model('test_ws_resnet', num_classes=7)
+
+
+def _shrunk(optimizer, key='alpha'):
+    return sum(len(group['params']) for group in optimizer.param_groups if group[key] > 0)
+
+
+def test_ws_resnet50_with_aws_sgd_has_the_promised_groups():
+    optimizer = create_optimizer_v2(timm.create_model('ws_resnet50'), 'aws_sgd', lr=0.1, weight_decay=1e-4)
+    assert type(optimizer) is AwsSGD
+    assert (optimizer.defaults['momentum'], optimizer.defaults['nesterov']) == (0.9, False)
+    groups = {
+        (g['alpha'], g['normalization'], g['weight_decay'], g['decoupled']): g['param_names']
+        for g in optimizer.param_groups
+    }
+    assert set(groups) == {(2.5e-3, 'ws', 0, False), (0, None, 1e-4, False), (0, None, 0, False)}
+    assert len(groups[2.5e-3, 'ws', 0, False]) == 53
+    assert groups[0, None, 1e-4, False] == ['fc.weight']
+    assert len(groups[0, None, 0, False]) == 107  # weight and bias of 53 batch norms, bias of the classifier
+
+
+@pytest.mark.parametrize('name', ['aws_sgd', 'AWS_SGD', 'Aws_Sgd'])
+def test_aws_sgd_in_every_spelling(name):
+    assert type(create_optimizer_v2(_model(), name, lr=0.1)) is AwsSGD
+    args = argparse.Namespace(opt=name, lr=0.1, weight_decay=0.1, momentum=0.8, opt_eps=1e-3, opt_betas=[0.9, 0.99])
+    optimizer = create_optimizer(args, _model())
+    assert type(optimizer) is AwsSGD
+    assert optimizer.defaults['momentum'] == 0.8
+
+
+def test_aws_adam_takes_what_train_py_passes():
+    args = argparse.Namespace(opt='aws_adam', lr=0.1, weight_decay=0.1, momentum=0.9, opt_eps=1e-3, opt_betas=[0.8, 0.9])
+    optimizer = create_optimizer_v2(
+        _model(), **timm.optim.optimizer_kwargs(args), alpha=0.0125, decoupled=False, amsgrad=True)
+    assert type(optimizer) is AwsAdam
+    for group in optimizer.param_groups:
+        assert (group['betas'], group['eps'], group['decoupled'], group['amsgrad']) == ((0.8, 0.9), 1e-3, False, True)
+    assert {group['alpha'] for group in optimizer.param_groups} == {0.0125, 0.}
+    assert create_optimizer_v2(_model(), 'aws_adam').defaults['decoupled'] is True
+
+
+@pytest.mark.parametrize('base', ['sgd', 'adam', 'lion'])
+def test_lookahead(base):
+    optimizer = create_optimizer_v2(_model(), f'lookahead_aws_{base}', lr=0.1)
+    assert type(optimizer) is timm.optim.Lookahead
+    assert type(optimizer._base_optimizer) is get_optimizer_class(f'aws_{base}', bind_defaults=False)
+    assert _shrunk(optimizer) == len(timm_aws.normalized_weights(_model()))
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_shrink_around_every_other_optimizer(name):
+    optimizer = create_optimizer_v2(_model(), f'aws_{name}', lr=0.1, alpha=0.25)
+    base = get_optimizer_class(name, bind_defaults=False)
+    assert isinstance(optimizer, AwsSGD if base is torch.optim.SGD else base)
+    assert type(optimizer).__name__ == f'Aws{base.__name__}'
+    assert type(optimizer) is get_optimizer_class(f'aws_{name}', bind_defaults=False)
+    assert _shrunk(optimizer, type(optimizer).alpha_key) == 15
+    twin = create_optimizer_v2(_model(), name, lr=0.1)
+    for key, value in twin.defaults.items():
+        assert optimizer.defaults[key] == value, key
+    assert all(group.get('decoupled', True) for group in optimizer.param_groups) or 'decoupled' in twin.defaults
+
+
+def test_every_optimizer_of_timm_is_listed_with_ours():
+    names = set(list_optimizers())
+    assert {f'aws_{name}' for name in names if not name.startswith('aws_')} <= names
+    assert get_optimizer_info('aws_sgd').opt_class is AwsSGD
+    assert get_optimizer_class('aws_adam') is AwsAdam
+    assert get_optimizer_class('aws_momentum').keywords == {'nesterov': False, 'decoupled': True}
+    assert 'aws_sgd' in dict(list_optimizers('aws_*', with_description=True))
+
+
+def test_class_of_a_package_that_is_not_there_says_so_as_timm_does():
+    for name in ('fusedsgd', 'aws_fusedsgd'):
+        with pytest.raises((AssertionError, ImportError), match='CUDA|apex'):
+            create_optimizer_v2(_model(), name, lr=0.1)
+
+
+@pytest.mark.parametrize('name', list_optimizers(exclude_filters=['aws_*', 'fused*', 'bnb*', 'kron*']))
+def test_other_names_give_what_timm_gives(name):
+    for spelling in (name, f'lookahead_{name}'):
+        ours = create_optimizer_v2(_model(), spelling, lr=0.1)
+        theirs = type(default_registry).create_optimizer(default_registry, _model(), spelling, lr=0.1)
+        assert type(ours) is type(theirs)
+        assert str(ours) == str(theirs)
+
+
+@pytest.mark.parametrize('name', ['aws_', 'aws_none', 'aws_aws_sgd', 'lookahead_aws_none', 'aws_lookahead_sgd'])
+def test_unknown_names_raise(name):
+    with pytest.raises(ValueError, match='not found in registry'):
+        create_optimizer_v2(_model(), name, lr=0.1)
+
+
+def test_unknown_options_raise():
+    for name in ('aws_sgd', 'aws_adam', 'aws_lion'):
+        with pytest.raises(TypeError, match='alhpa'):
+            create_optimizer_v2(_model(), name, lr=0.1, alhpa=1.)
+
+
+def test_model_without_normalized_weights_raises_and_names_convert():
+    for name in ('aws_sgd', 'aws_adam', 'aws_lion'):
+        with pytest.raises(ValueError, match=r"ResNet has no normalized weights.*timm_aws\.convert\(model, 'ws'\)"):
+            create_optimizer_v2(timm.create_model('resnet18'), name, lr=0.1)
+
+
+def test_layer_decay_keeps_its_scales_and_splits_each_layer():
+    model = timm.create_model('ws_resnet18')
+    optimizer = create_optimizer_v2(model, 'aws_sgd', lr=0.1, weight_decay=0.1, layer_decay=0.5)
+    assert _shrunk(optimizer) == 20
+    timms = timm.optim.param_groups_layer_decay(model, weight_decay=0.1, layer_decay=0.5)
+    scale_of = {p: group['lr_scale'] for group in timms for p in group['params']}
+    decay_of = {p: group['weight_decay'] for group in timms for p in group['params']}
+    for group in optimizer.param_groups:
+        for param in group['params']:
+            assert group['lr_scale'] == scale_of[param]
+            assert group['weight_decay'] == (0. if group['alpha'] else decay_of[param])
+
+
+def test_param_group_fn_is_split_unless_it_says_alpha_itself():
+    model = timm.create_model('ws_resnet18')
+
+    def param_group_fn(model):
+        return [
+            {'params': model.layer1.parameters(), 'lr': 0.5},
+            {'params': list(model.layer2.parameters()), 'alpha': 0.125, 'normalization': 'cwn'},
+            {'params': model.fc.weight, 'weight_decay': 0.25},
+        ]
+
+    optimizer = create_optimizer_v2(model, 'aws_sgd', lr=0.1, weight_decay=0.1, param_group_fn=param_group_fn)
+    summary = [
+        (len(g['params']), g['lr'], g['alpha'], g['normalization'], g['weight_decay']) for g in optimizer.param_groups]
+    assert summary == [
+        (4, 0.5, 2.5e-3, 'ws', 0.), (8, 0.5, 0., None, 0.1), (15, 0.1, 0.125, 'cwn', 0.1), (1, 0.1, 0., None, 0.25)]
+
+
+def test_filter_bias_and_bn_off_decays_biases_and_norms_but_no_normalized_weight():
+    optimizer = create_optimizer_v2(_model(), 'aws_sgd', lr=0.1, weight_decay=0.1, filter_bias_and_bn=False)
+    decay = {name: g['weight_decay'] for g in optimizer.param_groups for name in g['param_names']}
+    assert decay['bn1.weight'] == 0.1
+    assert all(decay[name] == 0 for name in timm_aws.normalized_weights(_model()))
+
+
+def test_raw_parameters_get_the_defaults_of_the_class():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    optimizer = create_optimizer_v2(list(model.parameters()), 'aws_sgd', lr=0.1, weight_decay=0.1, alpha=0.5)
+    group, = optimizer.param_groups
+    assert (type(optimizer), group['alpha'], group['normalization'], group['weight_decay']) == (AwsSGD, 0.5, 'ws', 0.1)
+    groups = [{'params': [model[0].weight], 'alpha': 0.}, {'params': [model[0].bias]}]
+    assert [g['alpha'] for g in create_optimizer_v2(groups, 'aws_adam').param_groups] == [0., 2.5e-3]
+
+
+def test_frozen_weights_are_in_no_group():
+    model = timm.create_model('ws_resnet18')
+    model.conv1.weight.requires_grad_(False)
+    optimizer = create_optimizer_v2(model, 'aws_sgd', lr=0.1)
+    assert _shrunk(optimizer) == 19
+    assert not any(p is model.conv1.weight for g in optimizer.param_groups for p in g['params'])
+
+
+def test_modules_that_train_py_passes():
+    """A compiled model, a task with EMA, a distillation task with teacher: names differ, the weights are the same."""
+    from timm.task import ClassificationTask, FeatureDistillationTask
+
+    compiled = torch.compile(_model())
+    assert _shrunk(create_optimizer_v2(compiled, 'aws_sgd', lr=0.1)) == 15
+    task = ClassificationTask(model=_model(), criterion=nn.CrossEntropyLoss())
+    if hasattr(task, 'setup_ema'):
+        task.setup_ema()
+    trainable = task.get_trainable_module() if hasattr(task, 'get_trainable_module') else task
+    optimizer = create_optimizer_v2(trainable, 'aws_sgd', lr=0.1)
+    assert _shrunk(optimizer) == 15
+    assert sum(len(g['params']) for g in optimizer.param_groups) == len(list(_model().parameters()))
+    distillation = FeatureDistillationTask(
+        student_model=_model(), teacher_model=timm.create_model('test_resnet', num_classes=7), verbose=False,
+        criterion=nn.CrossEntropyLoss())
+    trainable = distillation.get_trainable_module() if hasattr(distillation, 'get_trainable_module') else distillation
+    assert _shrunk(create_optimizer_v2(trainable, 'aws_sgd', lr=0.1)) == 15
+
+
+def test_registering_twice_changes_nothing(caplog):
+    before = default_registry.create_optimizer, timm.utils.reparameterize_model, list_optimizers()
+    importlib.reload(timm_aws)
+    assert (default_registry.create_optimizer, timm.utils.reparameterize_model, list_optimizers()) == before
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize('first', ['import timm', 'import timm_aws'])
+def test_importing_prints_nothing_and_touches_no_network(first):
+    code = f'''
+import socket, warnings
+warnings.simplefilter('error')
+def refuse(*args, **kwargs):
+    raise AssertionError('network')
+socket.socket.connect = refuse
+import torch, torchvision
+warnings.simplefilter('error')
+{first}
+import timm, timm_aws, timm_aws
+from timm.optim import create_optimizer_v2
+assert type(create_optimizer_v2(timm.create_model('test_ws_resnet'), 'aws_sgd')) is timm_aws.AwsSGD
+'''
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, '', '')
