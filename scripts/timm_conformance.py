@@ -4,8 +4,8 @@
 
 The tests are those of the installed timm, taken from its source distribution, which pip downloads into a temporary
 folder. test_models.py and test_optim.py find our names in timm's registry as they find timm's own; what is run are
-the cases with one of our names. Left out is what timm leaves out for the same optimizer without the aws_: apex's,
-bitsandbytes' and Kron, for packages that are not there.
+the cases with one of our names. What timm excepts by name (Kron, Adahessian, and the deviations that it lists with a
+reason for single optimizers) is excepted for the same name with aws_ before it.
 
 This file is the pytest plugin that does the selection as well.
 """
@@ -23,13 +23,13 @@ import timm
 import timm_aws  # noqa: F401  registers the names
 
 _TEST_FILES = ('test_models.py', 'test_optim.py')
-_EXCLUDED_BY_TIMM = ('fused*', 'bnb*', 'kron*')
+_EXCEPTED_BY_TIMM = ('kron*', 'adahessian')
 
 
 def _our_names() -> set[str]:
-    optimizers = timm.optim.list_optimizers('aws_*', [f'aws_{pattern}' for pattern in _EXCLUDED_BY_TIMM])
-    # Names with and without tag: timm's tests of the cfgs go over tags.
-    return {*optimizers, *timm.list_models(module='ws_resnet'), *timm.list_models(module='ws_resnet', include_tags=True)}
+    optimizers = timm.optim.list_optimizers('aws_*', [f'aws_{pattern}' for pattern in _EXCEPTED_BY_TIMM])
+    models = [timm.list_models(module='ws_resnet', include_tags=tags) for tags in (False, True)]  # timm tests both
+    return {*optimizers, *models[0], *models[1]}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -38,6 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if ours & {v for v in _params(item).values() if isinstance(v, str)}]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+    for module in {item.module for item in kept}:
+        for exceptions in getattr(module, '_PROPERTY_EXCEPTIONS', {}).values():
+            exceptions.update({f'aws_{pattern}': reason for pattern, reason in exceptions.items()})
 
 
 def _params(item: pytest.Item) -> dict:

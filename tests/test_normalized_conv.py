@@ -277,7 +277,7 @@ def test_convert_reports_every_reason(caplog):
         nn.Conv2d(8, 4, 1), nn.ReLU(),
         timm.layers.StdConv2d(4, 4, 1), nn.BatchNorm2d(4),
     )
-    weights = [p for p in model.parameters()]
+    weights = list(model.parameters())
     hooks = []
     model[0].register_forward_hook(lambda *_: hooks.append(1))
     state = torch.random.get_rng_state()
@@ -321,7 +321,7 @@ def test_module_that_cannot_be_traced_is_looked_into_by_itself():
     assert {name for name, reason in reasons_to_leave(Choice()).items() if reason is None} == {'body.0'}
 
 
-# Convolutions that a norm follows, of all that the model has, counted in timm's sources by hand where the rest is not 0.
+# Convolutions that a norm follows and those that none does, as timm's sources have them.
 @pytest.mark.parametrize(('name', 'converted', 'left'), [
     ('resnet50', 53, 0),
     ('seresnet50', 53, 32),  # two in each of 16 SE gates

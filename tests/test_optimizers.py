@@ -237,7 +237,7 @@ def test_bad_sgd_options_raise(options):
 
 @pytest.mark.parametrize('options', [{'betas': (1., 0.9)}, {'betas': (0.9, math.nan)}, {'eps': -1.}, {'eps': math.nan}])
 def test_bad_adam_options_raise(options):
-    with pytest.raises(ValueError, match='beta|eps'):
+    with pytest.raises(ValueError, match=r'beta|eps'):
         AwsAdam([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1, **options)
 
 
@@ -295,6 +295,21 @@ def test_step_touches_no_gradient_keeps_no_graph_and_enables_grad_in_the_closure
     assert weight.grad_fn is None
     for state in optimizer.state[weight].values():
         assert state is None or not state.requires_grad
+
+
+@pytest.mark.parametrize('path', PATHS)
+@pytest.mark.parametrize('decoupled', [False, True])
+@pytest.mark.parametrize('nesterov', [False, True])
+def test_no_path_touches_a_gradient(nesterov, decoupled, path):
+    """torch's multi-tensor Nesterov update does."""
+    params = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(4))]
+    grads = [torch.randn_like(p) for p in params]
+    optimizer = AwsSGD(params, lr=0.1, momentum=0.9, nesterov=nesterov, decoupled=decoupled, **PATHS[path])
+    for _ in range(2):
+        for param, grad in zip(params, grads):
+            param.grad = grad.clone()
+        optimizer.step()
+        assert all(torch.equal(param.grad, grad) for param, grad in zip(params, grads))
 
 
 def test_parameters_without_gradient_are_left_alone():

@@ -1,6 +1,6 @@
 """The shrink of one weight against the slow reference."""
-import reference
 import pytest
+import reference
 import torch
 
 from timm_aws.shrink import NORMALIZATIONS, add_shrink, filter_length, shrink_multiplier

@@ -60,7 +60,8 @@ def _hook_from(path: str):
         first = traceback
         while first is not None and first.tb_frame.f_code.co_filename != path:
             first = first.tb_next
-        sys.__excepthook__(kind, error, first)  # a script that cannot be compiled has no frame at all
+        # None where the script cannot even be compiled: python shows no frames then either.
+        sys.__excepthook__(kind, error.with_traceback(first), first)
 
     return excepthook
 

@@ -5,7 +5,7 @@ behind a convolution whose output it never sees, and separable convolutions hide
 """
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -39,7 +39,8 @@ def conv_norm_pairs(root: nn.Module) -> list[ConvNormPair]:
     graph, opaque = _trace(root)
     pairs = _pairs_in_graph(graph, root) if graph else []
     for name, part in _outermost(root, opaque) if graph else root.named_children():
-        pairs += [ConvNormPair(f'{name}.{conv}', f'{name}.{norm}', alone) for conv, norm, alone in conv_norm_pairs(part)]
+        for conv, norm, exclusive in conv_norm_pairs(part):
+            pairs.append(ConvNormPair(f'{name}.{conv}', f'{name}.{norm}', exclusive))
     return pairs
 
 
@@ -92,8 +93,8 @@ def _outermost(root: nn.Module, types: set[type]) -> Iterable[tuple[str, nn.Modu
 
 
 def _pairs_in_graph(graph: torch.fx.Graph, root: nn.Module) -> list[ConvNormPair]:
-    modules = dict(root.named_modules())
-    calls = defaultdict(list)
+    modules: dict[Any, nn.Module] = dict(root.named_modules())
+    calls: dict[Any, list[torch.fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == 'call_module':
             calls[node.target].append(node)
@@ -104,11 +105,11 @@ def _pairs_in_graph(graph: torch.fx.Graph, root: nn.Module) -> list[ConvNormPair
             if all(norms):
                 norm = norms[0][0]
                 alone = len(nodes) == len(calls[norm.target]) == 1 and list(nodes[0].users) == [norm]
-                pairs.append(ConvNormPair(conv, norm.target, alone))
+                pairs.append(ConvNormPair(conv, str(norm.target), alone))
     return pairs
 
 
-def _norms_behind(node: torch.fx.Node, modules: dict[str, nn.Module]) -> list[torch.fx.Node]:
+def _norms_behind(node: torch.fx.Node, modules: dict[Any, nn.Module]) -> list[torch.fx.Node]:
     """Returns the calls of norm layers that take the output of a node, none if anything else takes it as well."""
     norms = []
     for user in node.users:

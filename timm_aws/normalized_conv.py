@@ -9,16 +9,18 @@ raw weight W as their parameter and convolve with
 
 taken filter by filter, so that the length of a filter no longer changes the output.
 """
+import copy
 import logging
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .data_flow import conv_norm_pairs
 
-__all__ = ['WSConv2d', 'WNConv2d', 'CWNConv2d', 'convert', 'fold_normalization']
+__all__ = ['CWNConv2d', 'WNConv2d', 'WSConv2d', 'convert', 'fold_normalization']
 
 _logger = logging.getLogger(__name__)
 
@@ -99,22 +101,10 @@ class NormalizedConv2d(nn.Conv2d):
 
     def fuse(self) -> nn.Conv2d:
         """Returns a plain nn.Conv2d with the same output, the normalized weight as its weight."""
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=self.bias is not None,
-            padding_mode=self.padding_mode,
-            device='meta',  # the weights are replaced below, nothing need be drawn for them
-        )
-        conv.weight = nn.Parameter(self.normalized_weight().detach(), requires_grad=self.weight.requires_grad)
-        if self.bias is not None:
-            conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return conv.train(self.training)
+        plain: nn.Conv2d = copy.deepcopy(self)
+        plain.__class__ = nn.Conv2d  # the reverse of what convert does
+        plain.weight = nn.Parameter(self.normalized_weight().detach(), requires_grad=self.weight.requires_grad)
+        return plain
 
 
 class WSConv2d(NormalizedConv2d):
@@ -256,25 +246,27 @@ def fold_normalization(model: nn.Module) -> nn.Module:
     norm_of = {pair.conv: pair.norm for pair in conv_norm_pairs(model) if pair.exclusive} if convs else {}
     for name, conv in convs.items():
         plain = conv.fuse()
-        norm = model.get_submodule(norm_of[name]) if name in norm_of else None
-        rest = _after_batch_norm(norm)
-        if rest is not None:
-            plain.weight, plain.bias = fuse_conv_bn_weights(
-                plain.weight, plain.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-            _replace(model, norm_of[name], rest)
         _replace(model, name, plain)
+        if name in norm_of:
+            _replace(model, norm_of[name], _fold_norm(plain, model.get_submodule(norm_of[name])))
     return model
 
 
-def _after_batch_norm(norm: nn.Module | None) -> nn.Module | None:
-    """Returns what remains of a norm layer once its statistics are folded away, None if they cannot be."""
-    if getattr(norm, 'running_var', None) is None:
-        return None
+def _fold_norm(conv: nn.Conv2d, norm: nn.Module) -> nn.Module:
+    """Folds a norm layer into the convolution before it; returns what remains of it, all if it cannot be folded."""
+    if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return norm
+    if norm.running_mean is None or norm.running_var is None:
+        return norm
     if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        return nn.Identity()
-    if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and hasattr(norm, 'drop') and hasattr(norm, 'act'):
-        return nn.Sequential(norm.drop, norm.act)  # timm's BatchNormAct2d
-    return None
+        rest: nn.Module = nn.Identity()
+    elif isinstance(norm, BatchNormAct2d):
+        rest = nn.Sequential(norm.drop, norm.act)
+    else:
+        return norm  # a subclass that may do anything in its forward
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    return rest
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

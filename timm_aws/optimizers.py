@@ -15,7 +15,6 @@ What is not the shrink is torch's own code: alpha = 0 gives torch.optim.SGD, Ada
 import functools
 import inspect
 import math
-import operator
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -104,6 +103,10 @@ def _check_group(group: dict[str, Any], alpha_key: str) -> None:
             )
 
 
+def _own_gradient(param: torch.Tensor) -> Any:
+    return param.grad
+
+
 def _evaluate(closure: Callable[[], Any] | None) -> Any:
     if closure is None:
         return None
@@ -133,7 +136,8 @@ class _CoupledOrDecoupled(_ShrinkGroups):
             shrunk = [p for p in group['params'] if self._shrinks(group, p)]
             plain = [p for p in group['params'] if not self._shrinks(group, p)] if shrunk else group['params']
             self._update({**group, 'params': plain})
-            for params in [shrunk] if _takes_lists(group, shrunk) else [[p] for p in shrunk]:
+            at_once = _uses_foreach(group, shrunk) or (group['fused'] and shrunk and shrunk[0].is_cuda)
+            for params in [shrunk] if at_once else [[p] for p in shrunk]:  # else one by one, while it is in cache
                 self._shrink_and_update({**group, 'params': params, 'weight_decay': 0})
         return loss
 
@@ -147,13 +151,13 @@ class _CoupledOrDecoupled(_ShrinkGroups):
         else:
             self._update(
                 {**group, 'maximize': False},  # the sign is in the gradient already
-                lambda param: add_shrink(param.grad, param, alpha, normalization, maximize),
+                lambda param: add_shrink(_own_gradient(param), param, alpha, normalization, maximize),
             )
 
     def _update(
             self,
             group: dict[str, Any],
-            gradient: Callable[[torch.Tensor], torch.Tensor] = operator.attrgetter('grad'),
+            gradient: Callable[[torch.Tensor], torch.Tensor] = _own_gradient,
     ) -> None:
         """Takes torch's step on a group, with what `gradient` makes of a parameter as its gradient."""
         raise NotImplementedError
@@ -171,11 +175,11 @@ class _CoupledOrDecoupled(_ShrinkGroups):
         return [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in zip(params, grads)]
 
 
-def _takes_lists(group: dict[str, Any], params: list[torch.Tensor]) -> bool:
-    """Whether the update goes over all tensors at once, by torch's own rule; else one by one, while in cache."""
+def _uses_foreach(group: dict[str, Any], params: list[torch.Tensor]) -> bool:
+    """Whether torch takes its multi-tensor update for these parameters."""
     if group['foreach'] is None and not group['fused']:
         return bool(params) and params[0].is_cuda
-    return bool(group['foreach']) or (bool(group['fused']) and bool(params) and params[0].is_cuda)
+    return bool(group['foreach'])
 
 
 class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
@@ -232,11 +236,13 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
         self._set_shrink(alpha=alpha, normalization=normalization, decoupled=decoupled)
         self._step_supports_amp_scaling = False  # the shrink joins gradients that are unscaled
 
-    def _update(self, group, gradient=operator.attrgetter('grad')):
+    def _update(self, group, gradient=_own_gradient):
         params = [p for p in group['params'] if p.grad is not None]
         grads = [gradient(p) for p in params]
         if group['fused']:
             grads = self._match_layout(params, grads)
+        if group['nesterov'] and _uses_foreach(group, params):  # torch adds the momentum to the gradients in place
+            grads = [g.clone() if g is p.grad else g for p, g in zip(params, grads)]
         buffers = [self.state[p].get('momentum_buffer') for p in params]
         sgd(
             params,
@@ -324,11 +330,12 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
         super()._complete_group(group)
         group['decoupled_weight_decay'] = group['decoupled']
 
-    def _update(self, group, gradient=operator.attrgetter('grad')):
-        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = [], [], [], [], []
+    def _update(self, group, gradient=_own_gradient):
+        lists: list[list[torch.Tensor]] = [[] for _ in range(6)]
+        params, _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         if group['fused']:
             self._match_layout([p for p in group['params'] if p in self.state], [])
-        self._init_group(group, params, [], exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+        self._init_group(group, *lists)
         grads = [gradient(p) for p in params]
         if group['fused']:
             grads = self._match_layout(params, grads)
@@ -413,7 +420,7 @@ class _DecoupledShrink(_ShrinkGroups):
                     yield param, shrink_multiplier(param, group['lr'], group[self.alpha_key], group['normalization'])
 
     def _base_step(self) -> None:
-        step = self.base.step
+        step: Any = self.base.step
         if getattr(step, 'hooked', False):  # torch has wrapped it to run the step hooks, which run around ours already
             step = step.__wrapped__
         step(self)
@@ -437,14 +444,29 @@ def aws_optimizer(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimiz
     Returns:
         A subclass of the base, called Aws and the name of the base.
     """
-    has_alpha = 'alpha' in inspect.signature(base).parameters
+    def __init__(self, params, *args, **options):
+        _DecoupledShrink.__init__(self, params, *args, **options)
+
+    setattr(__init__, '__signature__', _shrinking_signature(base))  # noqa: B010  mypy knows no such attribute
     return type(f'Aws{base.__name__}', (_DecoupledShrink, base), {
         '__doc__': f'{base.__name__} with decoupled Adaptive Weight Shrink, see `aws_optimizer`.',
+        '__init__': __init__,
         'base': base,
-        'alpha_key': 'aws_alpha' if has_alpha else 'alpha',
+        'alpha_key': 'aws_alpha' if 'alpha' in inspect.signature(base).parameters else 'alpha',
     })
 
 
-def _new_aws_optimizer(base: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+def _shrinking_signature(base: type[torch.optim.Optimizer]) -> inspect.Signature:
+    """Returns the signature of the base's constructor with the options of the shrink; timm and `help` look at it."""
+    own = list(inspect.signature(_DecoupledShrink.__init__).parameters.values())
+    shrink = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+    theirs = [
+        parameter.replace(name='base_alpha') if parameter.name == 'alpha' else parameter
+        for parameter in inspect.signature(base.__init__).parameters.values()
+    ]
+    return inspect.Signature(theirs + shrink)
+
+
+def _new_aws_optimizer(base: Any) -> torch.optim.Optimizer:
     cls = aws_optimizer(base)
     return cls.__new__(cls)

@@ -107,21 +107,20 @@ def split_normalized(
             f'{type(model).__name__} has no normalized weights for the shrink to act on: build a ws_ model, '
             f"call timm_aws.convert(model, 'ws') first, or use the optimizer without aws_."
         )
-    name_of = {param: name for name, param in model.named_parameters()}
-    groups = [group if isinstance(group, dict) else {'params': [group]} for group in groups]
+    name_of: dict[Any, str] = {param: name for name, param in model.named_parameters()}
     out = []
     for group in groups:
-        params = [group['params']] if torch.is_tensor(group['params']) else list(group['params'])
-        if alpha_key in group:
-            out.append({**group, 'params': params, 'param_names': [name_of[p] for p in params]})
-            continue
-        halves: dict[str | None, list[torch.Tensor]] = {}
+        keys: dict[str, Any] = {'params': [group]} if isinstance(group, torch.Tensor) else group
+        params = [keys['params']] if isinstance(keys['params'], torch.Tensor) else list(keys['params'])
+        halves: dict[str | None, list[Any]] = {}
         for param in params:
-            halves.setdefault(normalization_of.get(name_of[param]), []).append(param)
+            normalization = None if alpha_key in keys else normalization_of.get(name_of[param])
+            halves.setdefault(normalization, []).append(param)
         for normalization, half in halves.items():
-            names = [name_of[p] for p in half]
-            keys = {'params': half, 'param_names': names, 'normalization': normalization, alpha_key: 0.}
+            split: dict[str, Any] = {'params': half, 'param_names': [name_of[param] for param in half]}
             if normalization is not None:
-                keys.update({alpha_key: alpha, 'weight_decay': 0.})
-            out.append({**group, **keys})
+                split.update({'normalization': normalization, alpha_key: alpha, 'weight_decay': 0.})
+            elif alpha_key not in keys:
+                split.update({'normalization': None, alpha_key: 0.})
+            out.append({**keys, **split})
     return out

@@ -31,16 +31,23 @@ _LOOKAHEAD = 'lookahead_'
 
 def register() -> None:
     """Registers the optimizers and the folding with timm; doing so again changes nothing."""
-    names = default_registry.list_optimizers()
+    names = _known_names()
     if f'{_PREFIX}sgd' in names:
         return
     for name in names:
-        default_registry.register(_shrinking(name, default_registry.get_optimizer_info(name)))
+        base = default_registry.get_optimizer_info(name)
+        if not isinstance(base.opt_class, str):  # else of a package that timm imports when it is asked for
+            default_registry.register(_shrinking(name, base))
     # On the instance: train.py holds the module's functions already, and they all end up here.
-    default_registry.create_optimizer = functools.partial(_create_optimizer, default_registry.create_optimizer)
+    create_optimizer = functools.partial(_create_optimizer, default_registry.create_optimizer)
+    setattr(default_registry, 'create_optimizer', create_optimizer)  # noqa: B010  mypy knows it as a method
     for module in (timm.models._manipulate, timm.models, timm.utils.model, timm.utils):
         if hasattr(module, 'reparameterize_model'):
-            module.reparameterize_model = _folding(module.reparameterize_model)
+            setattr(module, 'reparameterize_model', _folding(module.reparameterize_model))  # noqa: B010
+
+
+def _known_names() -> list[str]:
+    return [str(name) for name in default_registry.list_optimizers()]
 
 
 def _shrinking(name: str, base: OptimInfo) -> OptimInfo:
@@ -52,19 +59,11 @@ def _shrinking(name: str, base: OptimInfo) -> OptimInfo:
         return replace(info, opt_class=AwsAdam, description='Adam with Adaptive Weight Shrink', defaults=None)
     if base.opt_class is torch.optim.SGD:  # timm's names for the other settings of SGD
         return replace(info, opt_class=AwsSGD, defaults={**(base.defaults or {}), 'decoupled': True})
-    if isinstance(base.opt_class, str):  # of a package that is imported when it is asked for, see __getattr__
-        return replace(info, opt_class=f'{__name__}.{info.name}')
-    opt_class = aws_optimizer(base.opt_class)
+    base_class: Any = default_registry.get_optimizer_class(base, bind_defaults=False)
+    opt_class: Any = aws_optimizer(base_class)
     if opt_class.alpha_key != 'alpha' and base.defaults:
         info = replace(info, defaults={'base_alpha' if k == 'alpha' else k: v for k, v in base.defaults.items()})
     return replace(info, opt_class=opt_class)
-
-
-def __getattr__(name: str) -> type[torch.optim.Optimizer]:
-    """Makes the class of `aws_<name>` for optimizers of packages that timm imports when they are asked for."""
-    if not name.startswith(_PREFIX):
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return aws_optimizer(default_registry.get_optimizer_class(name.removeprefix(_PREFIX), bind_defaults=False))
 
 
 def _create_optimizer(
@@ -78,10 +77,15 @@ def _create_optimizer(
     lookahead, name = _LOOKAHEAD if opt.lower().startswith(_LOOKAHEAD) else '', opt.lower().removeprefix(_LOOKAHEAD)
     if not name.startswith(_PREFIX):
         return create_optimizer(model_or_params, opt, *args, **kwargs)
-    info = default_registry.get_optimizer_info(name)
-    opt_class = default_registry.get_optimizer_class(info, bind_defaults=False)
+    base_name = name.removeprefix(_PREFIX)
+    names = _known_names()
+    if name not in names and base_name in names and not base_name.startswith(_PREFIX):
+        info = _shrinking(base_name, default_registry.get_optimizer_info(base_name))
+    else:
+        info = default_registry.get_optimizer_info(name)  # raises where timm has no such optimizer
+    opt_class: Any = info.opt_class
 
-    def split_and_create(params: Iterable[Any], **options: Any) -> torch.optim.Optimizer:
+    def split_and_create(params: Any, **options: Any) -> torch.optim.Optimizer:
         if isinstance(model_or_params, nn.Module):
             alpha = options.get('alpha', DEFAULT_ALPHA)
             params = split_normalized(params, model_or_params, alpha, opt_class.alpha_key)
@@ -89,8 +93,8 @@ def _create_optimizer(
 
     # timm groups the parameters, sorts out the options and adds Lookahead as for any other optimizer.
     registry = OptimizerRegistry()
-    base_name = name.removeprefix(_PREFIX)
-    registry.register(replace(info, name=base_name, opt_class=split_and_create))
+    split_class: Any = split_and_create  # timm calls it with the groups and the options, as it would a class
+    registry.register(replace(info, name=base_name, opt_class=split_class))
     return registry.create_optimizer(model_or_params, lookahead + base_name, *args, **kwargs)
 
 

@@ -1,0 +1,109 @@
+"""Which parameters are normalized weights, and the groups made of it."""
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from torch.nn.utils import parametrizations, weight_norm
+
+import timm_aws
+from timm_aws import AwsAdam, AwsSGD, CWNConv2d, WNConv2d, WSConv2d
+
+
+def test_normalized_weights_of_every_kind_of_layer():
+    model = nn.ModuleDict({
+        'ws': WSConv2d(3, 4, 3),
+        'wn': WNConv2d(3, 4, 3),
+        'cwn': CWNConv2d(3, 4, 3),
+        'std': timm.layers.StdConv2d(3, 4, 3),
+        'std_same': timm.layers.StdConv2dSame(3, 4, 3),
+        'scaled': timm.layers.ScaledStdConv2d(3, 4, 3),
+        'scaled_same': timm.layers.ScaledStdConv2dSame(3, 4, 3),
+        'old': weight_norm(nn.Conv2d(3, 4, 3)),
+        'old_linear': weight_norm(nn.Linear(3, 4)),
+        'new': parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+        'whole': weight_norm(nn.Conv2d(3, 4, 3), dim=None),  # one length for all filters
+        'columns': parametrizations.weight_norm(nn.Linear(3, 4), dim=1),
+        'plain': nn.Conv2d(3, 4, 3),
+    })
+    found = timm_aws.normalized_weights(model)
+    assert found == {
+        'ws.weight': 'ws',
+        'wn.weight': 'wn',
+        'cwn.weight': 'cwn',
+        'std.weight': 'ws',
+        'std_same.weight': 'ws',
+        'scaled.weight': 'ws',
+        'scaled_same.weight': 'ws',
+        'old.weight_v': 'wn',
+        'old_linear.weight_v': 'wn',
+        'new.parametrizations.weight.original1': 'wn',
+    }
+    assert set(found) <= {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    'name', ['old.weight_v', 'new.parametrizations.weight.original1', 'std.weight', 'scaled.weight'])
+def test_output_does_not_depend_on_the_length_of_what_is_found(name):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({
+        'old': weight_norm(nn.Conv2d(3, 4, 3)),
+        'new': parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+        'std': timm.layers.StdConv2d(3, 4, 3),
+        'scaled': timm.layers.ScaledStdConv2d(3, 4, 3),
+    })
+    layer, x = model[name.split('.')[0]], torch.randn(1, 3, 8, 8)
+    before = layer(x)
+    with torch.no_grad():
+        dict(model.named_parameters())[name].mul_(3)
+    torch.testing.assert_close(layer(x), before, rtol=1e-3, atol=1e-4)
+
+
+def test_normalized_weights_of_wrapped_models_have_the_names_of_the_wrapper():
+    model = timm.create_model('test_ws_resnet')
+    assert set(timm_aws.normalized_weights(nn.Sequential(model))) == {
+        f'0.{name}' for name in timm_aws.normalized_weights(model)}
+    assert set(timm_aws.normalized_weights(torch.compile(model))) == {
+        f'_orig_mod.{name}' for name in timm_aws.normalized_weights(model)}
+
+
+def test_param_groups_aws():
+    model = timm.create_model('ws_seresnet50')
+    groups = timm_aws.param_groups_aws(model, alpha=0.5, weight_decay=0.25, no_weight_decay_list=['fc.weight'])
+    by_name = {name: group for group in groups for name in group['param_names']}
+    assert list(by_name) == list(dict.fromkeys(by_name))
+    assert set(by_name) == {name for name, _ in model.named_parameters()}
+    for name, param in model.named_parameters():
+        index = by_name[name]['param_names'].index(name)
+        assert by_name[name]['params'][index] is param
+
+    def choice(name):
+        return tuple(by_name[name][key] for key in ('alpha', 'normalization', 'weight_decay'))
+
+    assert choice('layer1.0.conv2.weight') == (0.5, 'ws', 0.)
+    assert choice('layer1.0.se.fc1.weight') == (0., None, 0.25)
+    assert choice('layer1.0.se.fc1.bias') == (0., None, 0.)
+    assert choice('bn1.weight') == (0., None, 0.)
+    assert choice('fc.weight') == (0., None, 0.)
+    for optimizer in (AwsSGD(groups, lr=0.1, momentum=0.9), AwsAdam(timm_aws.param_groups_aws(model))):
+        assert sum(len(g['params']) for g in optimizer.param_groups if g['alpha']) == 53
+
+
+def test_param_groups_aws_refuses_a_model_without_normalized_weights():
+    with pytest.raises(ValueError, match='ResNet has no normalized weights'):
+        timm_aws.param_groups_aws(timm.create_model('test_resnet'))
+
+
+def test_effective_lr_is_lr_over_length():
+    model = nn.Sequential(WSConv2d(2, 1, 2, bias=False), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[[[1., 1.], [3., 3.]], [[1., 3.], [1., 3.]]]]))  # std 1
+    optimizer = AwsSGD(timm_aws.param_groups_aws(model), lr=0.5)
+    assert {k: v.tolist() for k, v in timm_aws.effective_lr(optimizer).items()} == {'0.weight': [0.5]}
+    bare = AwsSGD(model[0].parameters(), lr=0.5, normalization='wn')
+    rate, = timm_aws.effective_lr(bare)['0.0']
+    assert rate.item() == pytest.approx(0.5 / 40 ** 0.5)
+
+
+def test_effective_lr_refuses_an_optimizer_without_normalized_weights():
+    with pytest.raises(ValueError, match='No parameter group of SGD'):
+        timm_aws.effective_lr(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1))
