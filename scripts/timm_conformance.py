@@ -65,7 +65,9 @@ def download_tests(folder: Path) -> Path:
     archive, = folder.glob('timm-*.tar.gz')
     root = archive.name.removesuffix('.tar.gz')
     with tarfile.open(archive) as tar:
-        members = [member for member in tar.getmembers() if fnmatch(member.name, f'{root}/tests/*.py')]
+        # With its pyproject.toml, which names the marks and is the configuration that pytest finds there.
+        patterns = [f'{root}/tests/*.py', f'{root}/pyproject.toml']
+        members = [member for member in tar.getmembers() if any(fnmatch(member.name, p) for p in patterns)]
         tar.extractall(folder, members, filter='data')
     return folder / root / 'tests'
 

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Makes .venv with the package in it and runs every check: ruff, mypy, our tests, and timm's own tests on our models
+# and optimizers. Arguments go to pytest, for our own tests alone: scripts/test.sh -k optimizers
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/venv.sh test
+if [ $# -gt 0 ]; then
+    exec python -m pytest "$@"
+fi
+ruff check .
+mypy
+python -m pytest -q -n 2
+python scripts/timm_conformance.py -n 2
