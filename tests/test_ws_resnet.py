@@ -137,7 +137,7 @@ def test_cfg_and_missing_weights():
     assert isinstance(model, ResNet)
     assert model.pretrained_cfg['architecture'] == 'ws_resnet50'
     assert model.pretrained_cfg['input_size'] == (3, 224, 224)
-    assert model.pretrained_cfg['paper_ids'] == 'arXiv:1911.05920'
+    assert model.pretrained_cfg['paper_ids'] == 'doi:10.1609/aaai.v34i04.5904'
     assert timm.list_pretrained('*ws_res*') == []
     with pytest.raises(RuntimeError, match='No pretrained weights exist for ws_resnet50'):
         timm.create_model('ws_resnet50', pretrained=True)

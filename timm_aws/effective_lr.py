@@ -1,7 +1,7 @@
 """The effective learning rate of normalized weights, lr / length per filter (Eq. 12 and 13).
 
 Paper: `Understanding the Disharmony between Weight Normalization Family and Weight Decay` -
-    https://arxiv.org/abs/1911.05920
+    https://doi.org/10.1609/aaai.v34i04.5904
 """
 import torch
 

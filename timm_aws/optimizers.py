@@ -193,7 +193,7 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
     and a decoupled one leaves gamma * W out of b and takes W <- (1 - lr * gamma) W - lr * b.
 
     Paper: `Understanding the Disharmony between Weight Normalization Family and Weight Decay` -
-        https://arxiv.org/abs/1911.05920
+        https://doi.org/10.1609/aaai.v34i04.5904
     """
 
     def __init__(
@@ -270,7 +270,7 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
     gradient, where the second moment rescales it, and the weight decay is that of torch.optim.Adam.
 
     Paper: `Understanding the Disharmony between Weight Normalization Family and Weight Decay` -
-        https://arxiv.org/abs/1911.05920
+        https://doi.org/10.1609/aaai.v34i04.5904
     """
 
     def __init__(

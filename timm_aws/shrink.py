@@ -1,7 +1,7 @@
 """The rule itself, Adaptive Weight Shrink, as pure functions of one weight.
 
 Equations 20 and 21 of Li, Chen and Yang, `Understanding the Disharmony between Weight Normalization Family and Weight
-Decay` - https://arxiv.org/abs/1911.05920:
+Decay` - https://doi.org/10.1609/aaai.v34i04.5904:
 
     gamma = alpha * length(W)                 per filter, from the weight before the step
     W <- (1 - lr * gamma) W - lr * gradient   gradient taken at that same weight

@@ -4,7 +4,8 @@ timm's ResNet has no argument for the class of its convolutions, so it is built 
 keys, parameter counts, initialization and every keyword stay those of timm's own model.
 
 Papers:
-* `Understanding the Disharmony between Weight Normalization Family and Weight Decay` - https://arxiv.org/abs/1911.05920
+* `Understanding the Disharmony between Weight Normalization Family and Weight Decay` -
+    https://doi.org/10.1609/aaai.v34i04.5904
 * `Weight Standardization` - https://arxiv.org/abs/1903.10520
 """
 from typing import Any
@@ -44,7 +45,7 @@ def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
         'crop_pct': 0.875, 'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'conv1', 'classifier': 'fc',
-        'license': 'apache-2.0', 'paper_ids': 'arXiv:1911.05920',
+        'license': 'apache-2.0', 'paper_ids': 'doi:10.1609/aaai.v34i04.5904',
         **kwargs
     }
 

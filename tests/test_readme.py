@@ -1,0 +1,47 @@
+"""The README's examples run, and its numbers are those of the files that the scripts wrote."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+
+import timm_aws
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('code', re.findall(r'```python\n(.*?)```', README, re.DOTALL))
+def test_examples_run(code):
+    exec(code, {})
+
+
+def test_expression_in_the_text_runs():
+    code = re.search(r'`(create_optimizer_v2\(timm\.create_model\(.nfnet_l0.*?)`', README)[1]
+    optimizer = eval(code, {'create_optimizer_v2': timm.optim.create_optimizer_v2, 'timm': timm})
+    assert type(optimizer) is timm_aws.AwsSGD
+
+
+def test_every_model_is_listed_and_nothing_else():
+    table = README[README.index('## Models'):README.index('## Optimizers')]
+    listed = set(re.findall(r'`(\w+)`', table)) - {'weights'}
+    ours = set(timm.list_models(module='ws_resnet'))
+    assert ours <= listed
+    assert all(timm.is_model(name) for name in listed)
+
+
+def test_spreads_over_the_initializations_are_those_of_the_data():
+    lines = [json.loads(line) for line in (ROOT / 'scripts/results/init_scale.jsonl').read_text().splitlines()]
+    ends = {rule: [line['median_std'][-1] for line in lines if line['rule'] == rule] for rule in ('weight decay', 'AWS')}
+    decay, aws = (max(stds) / min(stds) for stds in ends.values())
+    assert all(len(stds) == 4 for stds in ends.values())
+    assert f'end {decay:.0f} times apart under weight decay and {aws:.0f} times under AWS' in README.replace('\n', ' ')
+
+
+def test_accuracies_on_tiny_imagenet_are_those_of_the_record():
+    record = json.loads((ROOT / 'scripts/results/tin200_ws_resnet18.json').read_text())
+    assert abs(record['validate_py']['top1'] - record['train_py']['top1']) <= 0.005
+    line = '| {train[top1]:.2f} % | {validate[top1]:.2f} % | {validate[top5]:.2f} % |'.format(
+        train=record['train_py'], validate=record['validate_py'])
+    assert line in README
