@@ -79,7 +79,9 @@ def test_interrupt_reaches_the_script(tmp_path, script):
     path = script('import time\nprint("ready", flush=True)\ntime.sleep(60)\n')
     process = subprocess.Popen(
         [sys.executable, '-m', 'timm_aws', 'run', path],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A job that a shell put into the background ignores the signal, and its children with it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert process.stdout.readline() == 'ready\n'
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)

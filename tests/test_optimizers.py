@@ -212,7 +212,8 @@ BAD = [
     ({'alpha': -1.}, ValueError, 'alpha'),
     ({'alpha': math.nan}, ValueError, 'alpha'),
     ({'alpha': math.inf}, ValueError, 'alpha'),
-    ({'alpha': '1'}, ValueError, 'alpha'),
+    ({'alpha': '1'}, TypeError, 'alpha'),
+    ({'alpha': None}, TypeError, 'alpha'),
     ({'weight_decay': -1.}, ValueError, 'weight_decay'),
     ({'weight_decay': math.inf}, ValueError, 'weight_decay'),
     ({'normalization': 'bn'}, ValueError, "'bn'.*'ws', 'wn', 'cwn'"),
@@ -250,6 +251,7 @@ def test_bad_group_options_raise(group):
     optimizer = AwsAdam([params[0]])
     with pytest.raises(ValueError, match=next(iter(group))):
         optimizer.add_param_group({'params': [params[1]], **group})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_added_group_gets_the_defaults():

@@ -27,6 +27,7 @@ from .shrink import DEFAULT_ALPHA, NORMALIZATIONS, add_shrink, shrink_multiplier
 
 __all__ = ['AwsAdam', 'AwsSGD', 'aws_optimizer']
 
+
 class _ShrinkGroups(torch.optim.Optimizer):
     """Parameter groups that carry the shrink: their defaults, their checks, and which tensors they shrink.
 
@@ -42,7 +43,11 @@ class _ShrinkGroups(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if self.alpha_key in self.defaults:  # not yet while the base constructor adds the first groups
-            self._complete_group(self.param_groups[-1])
+            try:
+                self._complete_group(self.param_groups[-1])
+            except (TypeError, ValueError):
+                del self.param_groups[-1]
+                raise
 
     def _complete_group(self, group: dict[str, Any]) -> None:
         for key in (self.alpha_key, 'normalization', 'decoupled'):
@@ -79,12 +84,14 @@ class _ShrinkGroups(torch.optim.Optimizer):
 
 def _check_group(group: dict[str, Any], alpha_key: str) -> None:
     """Checks the values of one parameter group; torch checks only the constructor's, and lets NaN through."""
+    if not isinstance(group[alpha_key], (int, float)):
+        raise TypeError(f'Invalid {alpha_key}: {group[alpha_key]!r}, give a number.')
     for key in (alpha_key, 'lr', 'momentum', 'dampening', 'weight_decay', 'eps'):
-        value = group.get(key)
-        if value is not None and not (isinstance(value, (int, float, torch.Tensor)) and 0 <= value < math.inf):
+        value = group.get(key)  # of another kind in some optimizers, None for one that is set on the way, for example
+        if isinstance(value, (int, float, torch.Tensor)) and not 0 <= value < math.inf:
             raise ValueError(f'Invalid {key}: {value!r}, give a finite number of at least 0.')
     for beta in group.get('betas') or ():
-        if not 0 <= beta < 1:
+        if isinstance(beta, float) and not 0 <= beta < 1:
             raise ValueError(f'Invalid betas: {group["betas"]!r}, give numbers of at least 0 and below 1.')
     normalization = group['normalization']
     if normalization not in (*NORMALIZATIONS, None):
