@@ -33,9 +33,9 @@ def test_every_model_is_listed_and_nothing_else():
 
 def test_spreads_over_the_initializations_are_those_of_the_data():
     lines = [json.loads(line) for line in (ROOT / 'scripts/results/init_scale.jsonl').read_text().splitlines()]
-    ends = {rule: [line['median_std'][-1] for line in lines if line['rule'] == rule] for rule in ('weight decay', 'AWS')}
-    decay, aws = (max(stds) / min(stds) for stds in ends.values())
-    assert all(len(stds) == 4 for stds in ends.values())
+    ends = [[line['median_std'][-1] for line in lines if line['rule'] == rule] for rule in ('weight decay', 'AWS')]
+    decay, aws = (max(stds) / min(stds) for stds in ends)
+    assert [len(stds) for stds in ends] == [4, 4]
     assert f'end {decay:.0f} times apart under weight decay and {aws:.0f} times under AWS' in README.replace('\n', ' ')
 
 
