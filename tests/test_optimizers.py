@@ -323,6 +323,36 @@ def test_parameters_without_gradient_are_left_alone():
 
 
 @pytest.mark.parametrize('path', PATHS)
+@pytest.mark.parametrize('setting', SGD_SETTINGS)
+def test_many_small_and_large_weights_in_one_group_equal_float64(setting, path):
+    """Batches of small tensors, tensors over the size of a batch, and one whose mean is thirty times its deviation."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(4, 5, generator=generator) * 0.1 for _ in range(5)]
+    weights += [torch.randn(3, 2 ** 19, generator=generator) * 0.1, weights[0] + 3]
+    params = [torch.nn.Parameter(w.clone()) for w in weights]
+    optimizer = AwsSGD(params, lr=0.1, alpha=0.5, **SGD_SETTINGS[setting], **PATHS[path])
+    grads = [[torch.randn(w.shape, generator=generator) * 0.1 for _ in range(2)] for w in weights]
+    for step in range(2):
+        for param, grad in zip(params, grads):
+            param.grad = grad[step].clone()
+        optimizer.step()
+    for weight, grad, param in zip(weights, grads, params):
+        expected = _double_steps(weight, grad, SGD_SETTINGS[setting])
+        assert (param.detach().double() - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def _double_steps(weight, grads, setting):
+    """Coupled steps in float64; the loops of reference.py would take minutes over a million elements."""
+    momentum, dampening = setting.get('momentum', 0.), setting.get('dampening', 0.)
+    weight, buffer = weight.double(), None
+    for grad in grads:
+        grad = grad.double() + 0.5 * weight.std(dim=1, correction=0, keepdim=True) * weight
+        buffer = grad if buffer is None else momentum * buffer + (1 - dampening) * grad
+        weight = weight - 0.1 * (grad + momentum * buffer if setting.get('nesterov') else buffer)
+    return weight
+
+
+@pytest.mark.parametrize('path', PATHS)
 def test_parameter_whose_first_gradient_comes_later(path):
     early, late = (torch.nn.Parameter(torch.tensor([[1., 1., 3., 3.]])) for _ in range(2))
     optimizer = AwsSGD([early, late], lr=0.1, momentum=0.9, alpha=0.5, **PATHS[path])

@@ -91,19 +91,3 @@ def test_param_groups_aws():
 def test_param_groups_aws_refuses_a_model_without_normalized_weights():
     with pytest.raises(ValueError, match='ResNet has no normalized weights'):
         timm_aws.param_groups_aws(timm.create_model('test_resnet'))
-
-
-def test_effective_lr_is_lr_over_length():
-    model = nn.Sequential(WSConv2d(2, 1, 2, bias=False), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 2))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[[[1., 1.], [3., 3.]], [[1., 3.], [1., 3.]]]]))  # std 1
-    optimizer = AwsSGD(timm_aws.param_groups_aws(model), lr=0.5)
-    assert {k: v.tolist() for k, v in timm_aws.effective_lr(optimizer).items()} == {'0.weight': [0.5]}
-    bare = AwsSGD(model[0].parameters(), lr=0.5, normalization='wn')
-    rate, = timm_aws.effective_lr(bare)['0.0']
-    assert rate.item() == pytest.approx(0.5 / 40 ** 0.5)
-
-
-def test_effective_lr_refuses_an_optimizer_without_normalized_weights():
-    with pytest.raises(ValueError, match='No parameter group of SGD'):
-        timm_aws.effective_lr(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1))

@@ -1,6 +1,6 @@
 """Adaptive Weight Shrink for timm: importing this registers the models and optimizers and gives the public names."""
 from . import ws_resnet
-from .effective_lr import effective_lr
+from .effective_lr import decay_as_lr, effective_lr
 from .normalized_conv import CWNConv2d, WNConv2d, WSConv2d, convert
 from .optimizers import AwsAdam, AwsSGD
 from .param_groups import normalized_weights, param_groups_aws
@@ -13,6 +13,7 @@ __all__ = [
     'WNConv2d',
     'WSConv2d',
     'convert',
+    'decay_as_lr',
     'effective_lr',
     'normalized_weights',
     'param_groups_aws',

@@ -1,18 +1,53 @@
-"""The effective learning rate of normalized weights, lr / length per filter (Eq. 12 and 13).
+"""The effective learning rate of normalized weights, and weight decay as a schedule of it.
 
 Paper: `Understanding the Disharmony between Weight Normalization Family and Weight Decay` -
     https://doi.org/10.1609/aaai.v34i04.5904
 """
+import math
+from collections.abc import Iterable
+
 import torch
 
 from .shrink import filter_length
 
-__all__ = ['effective_lr']
+__all__ = ['decay_as_lr', 'effective_lr']
+
+
+def decay_as_lr(weight_decay: float, lrs: Iterable[float]) -> list[float]:
+    """Computes what weight decay does to the learning rate of normalized weights (Eq. 14 to 17).
+
+    Plain SGD with weight decay and plain SGD without it, but with the learning rate of step t times d_t, give the same
+    normalized weights from the same start:
+
+        d_t = 1 / (p_t^2 (1 - weight_decay * lr_t)),    p_0 = 1,    p_{t+1} = (1 - weight_decay * lr_t) p_t
+
+    Args:
+        weight_decay: Weight decay, lambda in the paper.
+        lrs: Learning rate of each step.
+
+    Returns:
+        The multiplier d_t of each step; infinite from where the decayed weight would be too small for a float.
+
+    Raises:
+        ValueError: If weight_decay * lr is negative or not below 1, where a step of decay would flip the weight.
+    """
+    multipliers, log_p = [], 0.
+    for step, lr in enumerate(lrs):
+        share = weight_decay * lr
+        if not 0 <= share < 1:
+            raise ValueError(
+                f'weight_decay * lr must be at least 0 and below 1, but is {weight_decay!r} * {lr!r} at step {step}: '
+                f'lower one of them.'
+            )
+        log_d = -2 * log_p - math.log1p(-share)
+        multipliers.append(math.exp(log_d) if log_d < 709 else math.inf)  # the largest float is about exp(709.8)
+        log_p += math.log1p(-share)
+    return multipliers
 
 
 @torch.no_grad()
 def effective_lr(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Divides the learning rate by the length of each filter of the normalized weights.
+    """Divides the learning rate by the length of each filter of the normalized weights (Eq. 12 and 13).
 
     Args:
         optimizer: Optimizer whose parameter groups name a normalization, such as AwsSGD and AwsAdam.

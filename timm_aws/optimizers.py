@@ -23,7 +23,7 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from .shrink import DEFAULT_ALPHA, NORMALIZATIONS, add_shrink, shrink_multiplier
+from .shrink import DEFAULT_ALPHA, NORMALIZATIONS, add_shrink, filter_length, shrink_multiplier
 
 __all__ = ['AwsAdam', 'AwsSGD', 'aws_optimizer']
 
@@ -144,22 +144,26 @@ class _CoupledOrDecoupled(_ShrinkGroups):
             plain = [p for p in group['params'] if not self._shrinks(group, p)] if shrunk else group['params']
             self._update({**group, 'params': plain})
             at_once = _uses_foreach(group, shrunk) or (group['fused'] and shrunk and shrunk[0].is_cuda)
-            for params in [shrunk] if at_once else [[p] for p in shrunk]:  # else one by one, while it is in cache
-                self._shrink_and_update({**group, 'params': params, 'weight_decay': 0})
+            for params in [shrunk] if at_once else _batches(shrunk):
+                batch = {**group, 'params': params, 'weight_decay': 0}
+                if group['decoupled']:
+                    self._update_decoupled(batch)
+                else:
+                    self._update_coupled(batch)
         return loss
 
-    def _shrink_and_update(self, group: dict[str, Any]) -> None:
+    def _update_decoupled(self, group: dict[str, Any]) -> None:
+        for param in group['params']:
+            if param.grad is not None:
+                param.mul_(shrink_multiplier(param, group['lr'], group['alpha'], group['normalization']))
+        self._update(group)
+
+    def _update_coupled(self, group: dict[str, Any]) -> None:
         alpha, normalization, maximize = group['alpha'], group['normalization'], group['maximize']
-        if group['decoupled']:
-            for param in group['params']:
-                if param.grad is not None:
-                    param.mul_(shrink_multiplier(param, group['lr'], alpha, normalization))
-            self._update(group)
-        else:
-            self._update(
-                {**group, 'maximize': False},  # the sign is in the gradient already
-                lambda param: add_shrink(_own_gradient(param), param, alpha, normalization, maximize),
-            )
+        self._update(
+            {**group, 'maximize': False},  # the sign is in the gradient already
+            lambda param: add_shrink(_own_gradient(param), param, alpha, normalization, maximize),
+        )
 
     def _update(
             self,
@@ -187,6 +191,18 @@ def _uses_foreach(group: dict[str, Any], params: list[torch.Tensor]) -> bool:
     if group['foreach'] is None and not group['fused']:
         return bool(params) and params[0].is_cuda
     return bool(group['foreach'])
+
+
+def _batches(params: list[torch.Tensor], numel: int = 2 ** 20) -> Iterable[list[torch.Tensor]]:
+    """Splits parameters into batches that are still in the cache when, after the shrink, they are updated."""
+    batch: list[torch.Tensor] = []
+    for param in params:
+        if batch and sum(p.numel() for p in batch) + param.numel() > numel:
+            yield batch
+            batch = []
+        batch.append(param)
+    if batch:
+        yield batch
 
 
 class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
@@ -243,14 +259,36 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
         self._set_shrink(alpha=alpha, normalization=normalization, decoupled=decoupled)
         self._step_supports_amp_scaling = False  # the shrink joins gradients that are unscaled
 
+    def _update_coupled(self, group):
+        params = [p for p in group['params'] if p.grad is not None]
+        if group['nesterov'] or any(self._buffer(p) is None for p in params):
+            super()._update_coupled(group)
+            return
+        # What joins the gradient ends up in the buffer, times 1 - dampening, after the buffer's own decay. So it can be
+        # put there beforehand, in place, where a gradient to add it to would have to be a new tensor.
+        for param in params:
+            gamma = group['alpha'] * filter_length(param, group['normalization'])
+            share = (1 - group['dampening']) / group['momentum']
+            self.state[param]['momentum_buffer'].addcmul_(param, gamma, value=share)
+        self._update(group)
+
+    def _buffer(self, param: torch.Tensor) -> torch.Tensor | None:
+        return self.state[param].get('momentum_buffer')
+
     def _update(self, group, gradient=_own_gradient):
         params = [p for p in group['params'] if p.grad is not None]
+        fresh = [p for p in params if self._buffer(p) is None]
+        if group['fused'] and 0 < len(fresh) < len(params):  # torch's fused update starts all buffers or none
+            rest = [p for p in params if self._buffer(p) is not None]
+            self._update({**group, 'params': fresh}, gradient)
+            self._update({**group, 'params': rest}, gradient)
+            return
         grads = [gradient(p) for p in params]
         if group['fused']:
             grads = self._match_layout(params, grads)
         if group['nesterov'] and _uses_foreach(group, params):  # torch adds the momentum to the gradients in place
             grads = [g.clone() if g is p.grad else g for p, g in zip(params, grads)]
-        buffers = [self.state[p].get('momentum_buffer') for p in params]
+        buffers = [self._buffer(p) for p in params]
         sgd(
             params,
             grads,

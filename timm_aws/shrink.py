@@ -28,14 +28,31 @@ def filter_length(weight: torch.Tensor, normalization: str) -> torch.Tensor:
     Returns:
         Lengths, (out_channels, 1, ...), in float32 for weights of lower precision.
     """
-    # Reduced over the dimensions as they are: flatten would copy a channels_last weight. And in two passes, as the
-    # mean of squares minus the square of the mean cancels where the mean is large (and torch.std is ten times slower).
+    # Reduced over the dimensions as they are: flatten would copy a channels_last weight. (torch.std does the same in
+    # ten times the time.)
     dims = tuple(range(1, weight.ndim))
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if normalization != 'wn':
-        weight = weight - weight.mean(dims, keepdim=True)
     length = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
-    return length / math.sqrt(weight[0].numel()) if normalization == 'ws' else length
+    if normalization == 'wn':
+        return length
+    mean = weight.mean(dims, keepdim=True)
+    centered = _centered_length(weight, length, mean, dims)
+    return centered / math.sqrt(weight[0].numel()) if normalization == 'ws' else centered
+
+
+def _centered_length(
+        weight: torch.Tensor,
+        length: torch.Tensor,
+        mean: torch.Tensor,
+        dims: tuple[int, ...],
+) -> torch.Tensor:
+    """Returns ||W - mean W||, from ||W|| and mean W alone where that loses no digits to cancellation."""
+    if weight.device.type == 'cpu' and not torch.compiler.is_compiling():  # else looking would mean to wait for it
+        square = length.square()
+        rest = square - mean.square() * weight[0].numel()
+        if (rest > 0.5 * square).all():
+            return rest.sqrt_()
+    return torch.linalg.vector_norm(weight - mean, dim=dims, keepdim=True)
 
 
 def shrink_multiplier(
