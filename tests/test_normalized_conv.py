@@ -201,7 +201,7 @@ def _calibrated(model, *shape):
 
 
 @pytest.mark.parametrize('name', [
-    'test_ws_resnet', 'ws_resnet18', 'ws_seresnet50', 'wn_resnet50', 'resnet18d', 'efficientnet_b0', 'resnetv2_50'])
+    'test_ws_resnet', 'ws_resnet18', 'ws_seresnet50', 'wn_resnet50', 'resnet18d', 'tf_efficientnet_b0', 'resnetv2_50'])
 @pytest.mark.parametrize('inplace', [False, True])
 def test_reparameterize_model_folds_normalization_and_batch_norm(name, inplace):
     model = timm.create_model(name, num_classes=7)
@@ -218,6 +218,21 @@ def test_reparameterize_model_folds_normalization_and_batch_norm(name, inplace):
         assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     if not inplace:
         assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize('normalization', ['ws', 'wn', 'cwn'])
+def test_same_padding_of_timms_tensorflow_models(normalization):
+    model = nn.Sequential(timm.layers.Conv2dSame(4, 6, 3, stride=2), nn.BatchNorm2d(6)).double().eval()
+    x = _input()
+    expected = copy.deepcopy(model)
+    timm_aws.convert(model, normalization)
+    rows = [reference.normalized(w.flatten().tolist(), normalization) for w in model[0].weight.detach()]
+    expected[0].weight = nn.Parameter(torch.tensor(rows, dtype=torch.float64).view(6, 4, 3, 3))
+    torch.testing.assert_close(model(x), expected(x), rtol=1e-10, atol=1e-10)
+    assert type(model[0].fuse()) is timm.layers.Conv2dSame
+    torch.testing.assert_close(model[0].fuse()(x), model[0](x))
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    assert timm_aws.normalized_weights(model) == {'0.weight': normalization}
 
 
 def test_folding_keeps_what_cannot_be_folded():
@@ -327,6 +342,7 @@ def test_module_that_cannot_be_traced_is_looked_into_by_itself():
     ('seresnet50', 53, 32),  # two in each of 16 SE gates
     ('resnext50_32x4d', 53, 0),
     ('efficientnet_b0', 49, 32),  # two in each of 16 SE gates
+    ('tf_efficientnet_b0', 49, 32),  # the same with TensorFlow's padding
     ('mobilenetv3_small_100', 34, 19),  # two in each of 9 SE gates, conv_head
     ('densenet121', 120, 0),
     ('resnetv2_50', 33, 21),  # conv3 of 16 blocks and 4 downsamples go into an addition, head.fc

@@ -11,14 +11,16 @@ taken filter by filter, so that the length of a filter no longer changes the out
 """
 import copy
 import logging
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame, conv2d_same, register_notrace_module
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .data_flow import conv_norm_pairs
+from .shrink import NORMALIZATIONS
 
 __all__ = ['CWNConv2d', 'WNConv2d', 'WSConv2d', 'convert', 'fold_normalization']
 
@@ -83,6 +85,7 @@ class NormalizedConv2d(nn.Conv2d):
         ValueError: If a filter has a single element, whose standard deviation is 0.
     """
     normalization: str  # 'ws', 'wn' or 'cwn'
+    plain_class: type[nn.Conv2d] = nn.Conv2d
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -102,7 +105,7 @@ class NormalizedConv2d(nn.Conv2d):
     def fuse(self) -> nn.Conv2d:
         """Returns a plain nn.Conv2d with the same output, the normalized weight as its weight."""
         plain: nn.Conv2d = copy.deepcopy(self)
-        plain.__class__ = nn.Conv2d  # the reverse of what convert does
+        plain.__class__ = self.plain_class  # the reverse of what convert does
         plain.weight = nn.Parameter(self.normalized_weight().detach(), requires_grad=self.weight.requires_grad)
         return plain
 
@@ -140,7 +143,35 @@ class CWNConv2d(NormalizedConv2d):
         return center_weight(self.weight)
 
 
-_CONVS = {cls.normalization: cls for cls in (WSConv2d, WNConv2d, CWNConv2d)}
+class _SamePadded(NormalizedConv2d):
+    """Pads as timm's Conv2dSame, which timm's ports of TensorFlow models use; made by `convert` only."""
+    plain_class = Conv2dSame
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        stride: Any = self.stride  # two numbers, for which torch's annotation says tuple[int, ...]
+        dilation: Any = self.dilation
+        return conv2d_same(input, weight, bias, stride=stride, dilation=dilation, groups=self.groups)
+
+
+@register_notrace_module
+class WSConv2dSame(_SamePadded, WSConv2d):
+    """timm's Conv2dSame with Weight Standardization."""
+
+
+@register_notrace_module
+class WNConv2dSame(_SamePadded, WNConv2d):
+    """timm's Conv2dSame with Weight Normalization."""
+
+
+@register_notrace_module
+class CWNConv2dSame(_SamePadded, CWNConv2d):
+    """timm's Conv2dSame with Centered Weight Normalization."""
+
+
+_NORMALIZED = {
+    (cls.normalization, cls.plain_class): cls
+    for cls in (WSConv2d, WNConv2d, CWNConv2d, WSConv2dSame, WNConv2dSame, CWNConv2dSame)
+}
 
 
 def convert(model: nn.Module, normalization: str) -> nn.Module:
@@ -182,8 +213,9 @@ def normalize_convs(model: nn.Module, normalization: str) -> tuple[list[str], di
     Raises:
         ValueError: If the normalization is unknown, or if there is nothing in the model to convert.
     """
-    if normalization not in _CONVS:
-        raise ValueError(f'Unknown normalization: {normalization!r}, choose one of {", ".join(map(repr, _CONVS))}.')
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f'Unknown normalization: {normalization!r}, choose one of {", ".join(map(repr, NORMALIZATIONS))}.')
     reasons = reasons_to_leave(model)
     converted = [name for name, reason in reasons.items() if reason is None]
     left = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -195,7 +227,8 @@ def normalize_convs(model: nn.Module, normalization: str) -> tuple[list[str], di
     for name in converted:
         # The subclass adds no state, so that a change of class is the whole conversion: parameters, hooks, device and
         # mode stay as they are, and nothing is drawn from the random number generator.
-        model.get_submodule(name).__class__ = _CONVS[normalization]
+        conv: Any = model.get_submodule(name)
+        conv.__class__ = _NORMALIZED[normalization, getattr(conv, 'plain_class', type(conv))]
     return converted, left
 
 
@@ -221,7 +254,7 @@ def reasons_to_leave(model: nn.Module) -> dict[str, str | None]:
 
 
 def _reason_to_leave(conv: nn.Conv2d, followed: bool) -> str | None:
-    if type(conv) not in (nn.Conv2d, *_CONVS.values()):
+    if type(conv) not in (nn.Conv2d, Conv2dSame, *_NORMALIZED.values()):
         return f'{type(conv).__name__} has a forward of its own'
     if not followed:
         return 'no norm follows'
