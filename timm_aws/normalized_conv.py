@@ -148,9 +148,15 @@ class _SamePadded(NormalizedConv2d):
     plain_class = Conv2dSame
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        stride: Any = self.stride  # two numbers, for which torch's annotation says tuple[int, ...]
-        dilation: Any = self.dilation
-        return conv2d_same(input, weight, bias, stride=stride, dilation=dilation, groups=self.groups)
+        # torch annotates the two numbers of a stride as tuple[int, ...]
+        return conv2d_same(
+            input,
+            weight,
+            bias,
+            stride=self.stride,  # type: ignore[arg-type]
+            dilation=self.dilation,  # type: ignore[arg-type]
+            groups=self.groups,
+        )
 
 
 @register_notrace_module
