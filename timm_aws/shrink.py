@@ -37,7 +37,7 @@ def filter_length(weight: torch.Tensor, normalization: str) -> torch.Tensor:
         return length
     mean = weight.mean(dims, keepdim=True)
     centered = _centered_length(weight, length, mean, dims)
-    return centered / math.sqrt(weight[0].numel()) if normalization == 'ws' else centered
+    return centered / math.sqrt(math.prod(weight.shape[1:])) if normalization == 'ws' else centered
 
 
 def _centered_length(
@@ -47,9 +47,11 @@ def _centered_length(
         dims: tuple[int, ...],
 ) -> torch.Tensor:
     """Returns ||W - mean W||, from ||W|| and mean W alone where that loses no digits to cancellation."""
-    if weight.device.type == 'cpu' and not torch.compiler.is_compiling():  # else looking would mean to wait for it
+    # Where looking at the values means to wait for a device or for other processes (a DTensor), it is not done.
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.device.type == 'cpu'
+    if plain and not torch.compiler.is_compiling():
         square = length.square()
-        rest = square - mean.square() * weight[0].numel()
+        rest = square - mean.square() * math.prod(weight.shape[1:])
         if (rest > 0.5 * square).all():
             return rest.sqrt_()
     return torch.linalg.vector_norm(weight - mean, dim=dims, keepdim=True)
