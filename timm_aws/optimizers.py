@@ -196,10 +196,12 @@ def _uses_foreach(group: dict[str, Any], params: list[torch.Tensor]) -> bool:
 def _batches(params: list[torch.Tensor], numel: int = 2 ** 20) -> Iterable[list[torch.Tensor]]:
     """Splits parameters into batches that are still in the cache when, after the shrink, they are updated."""
     batch: list[torch.Tensor] = []
+    left = numel
     for param in params:
-        if batch and sum(p.numel() for p in batch) + param.numel() > numel:
+        left -= param.numel()
+        if batch and left < 0:
             yield batch
-            batch = []
+            batch, left = [], numel - param.numel()
         batch.append(param)
     if batch:
         yield batch

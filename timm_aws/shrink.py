@@ -51,7 +51,7 @@ def _centered_length(
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.device.type == 'cpu'
     if plain and not torch.compiler.is_compiling():
         square = length.square()
-        rest = square - mean.square() * math.prod(weight.shape[1:])
+        rest = torch.addcmul(square, mean, mean, value=-math.prod(weight.shape[1:]))
         if (rest > 0.5 * square).all():
             return rest.sqrt_()
     return torch.linalg.vector_norm(weight - mean, dim=dims, keepdim=True)
