@@ -39,6 +39,14 @@ def test_spreads_over_the_initializations_are_those_of_the_data():
     assert f'end {decay:.0f} times apart under weight decay and {aws:.0f} times under AWS' in README.replace('\n', ' ')
 
 
+def test_costs_are_those_of_the_benchmark():
+    rows = json.loads((ROOT / 'scripts/results/bench_step.json').read_text())['threads']['2']
+    listed = re.findall(r'\| ((?:torch|Aws|timm)[^|]+) \| ([\d.]+) \| ([\d.]+) \|', README)
+    assert len(listed) == 10
+    for name, milliseconds, ratio in listed:
+        assert (milliseconds, ratio) == (f'{rows[name]["ms"]:.1f}', f'{rows[name]["ratio"]:.2f}')
+
+
 def test_accuracies_on_tiny_imagenet_are_those_of_the_record():
     record = json.loads((ROOT / 'scripts/results/tin200_ws_resnet18.json').read_text())
     assert abs(record['validate_py']['top1'] - record['train_py']['top1']) <= 0.005
