@@ -12,7 +12,7 @@ import timm.optim
 import torch
 
 from timm_aws import AwsAdam, AwsSGD
-from timm_aws.optimizers import aws_optimizer
+from timm_aws.any_optimizer import aws_optimizer
 
 STEPS = 20
 SHAPE = (3, 2, 3, 2)

@@ -1,4 +1,4 @@
-"""Optimizers with Adaptive Weight Shrink: AwsSGD, AwsAdam, and the shrink around any other optimizer.
+"""AwsSGD and AwsAdam: torch's SGD and Adam with Adaptive Weight Shrink.
 
 Parameter groups carry the choice, in two keys: `alpha` (0 turns the shrink off) and `normalization` ('ws', 'wn' or
 'cwn'; None for a group whose weights are not normalized). In a group with alpha > 0 each tensor of two or more
@@ -12,10 +12,6 @@ With momentum, Eq. 21 leaves open where the shrink enters (see shrink.py for the
 
 What is not the shrink is torch's own code: alpha = 0 gives torch.optim.SGD, Adam and AdamW bit for bit.
 """
-import functools
-import inspect
-import math
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,105 +19,17 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from .shrink import DEFAULT_ALPHA, NORMALIZATIONS, add_shrink, filter_length, shrink_multiplier
+from .shrink import DEFAULT_ALPHA, add_shrink, filter_length, shrink_multiplier
+from .shrink_groups import ShrinkGroups, evaluate
 
-__all__ = ['AwsAdam', 'AwsSGD', 'aws_optimizer']
-
-
-class _ShrinkGroups(torch.optim.Optimizer):
-    """Parameter groups that carry the shrink: their defaults, their checks, and which tensors they shrink.
-
-    Mixed in before an optimizer of torch or timm, whose constructor calls `_set_shrink` once it has its groups.
-    """
-    alpha_key = 'alpha'
-
-    def _set_shrink(self, **options: Any) -> None:
-        self.defaults.update(options)
-        for group in self.param_groups:
-            self._complete_group(group)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        if self.alpha_key in self.defaults:  # not yet while the base constructor adds the first groups
-            try:
-                self._complete_group(self.param_groups[-1])
-            except (TypeError, ValueError):
-                del self.param_groups[-1]
-                raise
-
-    def _complete_group(self, group: dict[str, Any]) -> None:
-        for key in (self.alpha_key, 'normalization', 'decoupled'):
-            if key in self.defaults:
-                group.setdefault(key, self.defaults[key])
-        _check_group(group, self.alpha_key)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the state of this optimizer, or that of its base: groups then keep the shrink they have here."""
-        keys = (self.alpha_key, 'normalization', 'decoupled')
-        saved_groups = state_dict['param_groups']
-        if len(saved_groups) == len(self.param_groups) and not all(self.alpha_key in group for group in saved_groups):
-            warnings.warn(
-                f'The loaded state holds no {self.alpha_key}: {type(self).__name__} keeps that of its own groups.',
-                stacklevel=2,
-            )
-            own = [{key: group[key] for key in keys if key in group} for group in self.param_groups]
-            state_dict = {**state_dict, 'param_groups': [{**o, **saved} for o, saved in zip(own, saved_groups)]}
-        super().load_state_dict(state_dict)
-
-    def _shrinks(self, group: dict[str, Any], param: torch.Tensor) -> bool:
-        return group[self.alpha_key] != 0 and param.ndim >= 2
-
-    def _refuse_sparse_gradients(self) -> None:
-        """Looks before anything is updated, so that a step is either taken whole or not at all."""
-        for group in self.param_groups:
-            for param in group['params']:
-                if param.grad is not None and param.grad.is_sparse:
-                    raise TypeError(
-                        f'{type(self).__name__} does not take sparse gradients, but a parameter of shape '
-                        f'{tuple(param.shape)} has one: use sparse=False in its nn.Embedding.'
-                    )
-
-
-def _check_group(group: dict[str, Any], alpha_key: str) -> None:
-    """Checks the values of one parameter group; torch checks only the constructor's, and lets NaN through."""
-    if not isinstance(group[alpha_key], (int, float)):
-        raise TypeError(f'Invalid {alpha_key}: {group[alpha_key]!r}, give a number.')
-    for key in (alpha_key, 'lr', 'momentum', 'dampening', 'weight_decay', 'eps'):
-        value = group.get(key)  # of another kind in some optimizers, None for one that is set on the way, for example
-        if isinstance(value, (int, float, torch.Tensor)) and not 0 <= value < math.inf:
-            raise ValueError(f'Invalid {key}: {value!r}, give a finite number of at least 0.')
-    for beta in group.get('betas') or ():
-        if isinstance(beta, float) and not 0 <= beta < 1:
-            raise ValueError(f'Invalid betas: {group["betas"]!r}, give numbers of at least 0 and below 1.')
-    normalization = group['normalization']
-    if normalization not in (*NORMALIZATIONS, None):
-        raise ValueError(
-            f'Unknown normalization: {normalization!r}, choose one of {", ".join(map(repr, NORMALIZATIONS))}.')
-    if normalization is None and group[alpha_key] != 0:
-        raise ValueError(
-            f'{alpha_key}={group[alpha_key]!r} in a group with normalization=None: weights that are not normalized '
-            f'must not be shrunk, set {alpha_key} to 0 or name their normalization.'
-        )
-    for param in group['params']:
-        if param.is_complex():
-            raise TypeError(
-                f'Complex parameters have no filter length, but one of shape {tuple(param.shape)} is '
-                f'{param.dtype}: hand it to torch.optim.'
-            )
+__all__ = ['AwsAdam', 'AwsSGD']
 
 
 def _own_gradient(param: torch.Tensor) -> Any:
     return param.grad
 
 
-def _evaluate(closure: Callable[[], Any] | None) -> Any:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
-class _CoupledOrDecoupled(_ShrinkGroups):
+class _CoupledOrDecoupled(ShrinkGroups):
     """The step that AwsSGD and AwsAdam share; they supply `_update`, torch's own update of a list of tensors."""
 
     @torch.no_grad()
@@ -137,7 +45,7 @@ class _CoupledOrDecoupled(_ShrinkGroups):
         Raises:
             TypeError: If a gradient is sparse.
         """
-        loss = _evaluate(closure)
+        loss = evaluate(closure)
         self._refuse_sparse_gradients()
         for group in self.param_groups:
             shrunk = [p for p in group['params'] if self._shrinks(group, p)]
@@ -405,115 +313,3 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
             fused=group['fused'],
             decoupled_weight_decay=group['decoupled_weight_decay'],
         )
-
-
-class _DecoupledShrink(_ShrinkGroups):
-    """The decoupled shrink around another optimizer's step, mixed in by `aws_optimizer`."""
-    base: type[torch.optim.Optimizer]
-
-    def __init__(
-            self,
-            params: Iterable[Any],
-            *args: Any,
-            alpha: float = DEFAULT_ALPHA,
-            normalization: str | None = 'ws',
-            **options: Any,
-    ) -> None:
-        accepted = inspect.signature(self.base).parameters
-        if 'decoupled' not in accepted and options.pop('decoupled', True) is not True:
-            raise ValueError(
-                f'{type(self).__name__} shrinks decoupled only, got decoupled=False: leave the option out, '
-                f'or use AwsSGD or AwsAdam.'
-            )
-        if 'alpha' in accepted and 'base_alpha' in options:
-            options['alpha'] = options.pop('base_alpha')
-        super().__init__(params, *args, **options)
-        self._set_shrink(**{self.alpha_key: alpha, 'normalization': normalization})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Shrinks each filter by 1 - lr * gamma, then takes the base optimizer's step.
-
-        Args:
-            closure: Evaluates the model anew and returns the loss, called with gradients enabled.
-
-        Returns:
-            What the closure returns, None without one.
-
-        Raises:
-            TypeError: If a gradient is sparse.
-            ValueError: If the base optimizer sets its learning rate itself (lr=None).
-        """
-        loss = _evaluate(closure)
-        self._refuse_sparse_gradients()
-        # A second-order optimizer differentiates through the weights in its step: they must not change before it.
-        afterwards = []
-        for param, multiplier in self._multipliers():
-            if getattr(self, 'is_second_order', False):
-                afterwards.append((param, param * (1 - multiplier)))
-            else:
-                param.mul_(multiplier)
-        self._base_step()
-        for param, decrement in afterwards:
-            param.sub_(decrement)
-        return loss
-
-    def _multipliers(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        for group in self.param_groups:
-            for param in group['params']:
-                if param.grad is not None and self._shrinks(group, param):
-                    if group['lr'] is None:
-                        raise ValueError(f'{type(self).__name__} needs a learning rate for the shrink: give lr.')
-                    yield param, shrink_multiplier(param, group['lr'], group[self.alpha_key], group['normalization'])
-
-    def _base_step(self) -> None:
-        step: Any = self.base.step
-        if getattr(step, 'hooked', False):  # torch has wrapped it to run the step hooks, which run around ours already
-            step = step.__wrapped__
-        step(self)
-
-    def __reduce__(self):
-        # Classes made by a function cannot be found by name: pickle and deepcopy get the base class instead.
-        return _new_aws_optimizer, (self.base,), self.__getstate__()
-
-
-@functools.cache
-def aws_optimizer(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Makes the class of an optimizer with the decoupled shrink around its step.
-
-    The class takes the options of the base and `alpha` and `normalization`, defaults of every parameter group as in
-    AwsSGD. Where the base has an `alpha` of its own (RMSprop), that one is given as `base_alpha`, and the group key of
-    the shrink is `aws_alpha`.
-
-    Args:
-        base: An optimizer class.
-
-    Returns:
-        A subclass of the base, called Aws and the name of the base.
-    """
-    def __init__(self, params, *args, **options):
-        _DecoupledShrink.__init__(self, params, *args, **options)
-
-    setattr(__init__, '__signature__', _shrinking_signature(base))  # noqa: B010  mypy knows no such attribute
-    return type(f'Aws{base.__name__}', (_DecoupledShrink, base), {
-        '__doc__': f'{base.__name__} with decoupled Adaptive Weight Shrink, see `aws_optimizer`.',
-        '__init__': __init__,
-        'base': base,
-        'alpha_key': 'aws_alpha' if 'alpha' in inspect.signature(base).parameters else 'alpha',
-    })
-
-
-def _shrinking_signature(base: type[torch.optim.Optimizer]) -> inspect.Signature:
-    """Returns the signature of the base's constructor with the options of the shrink; timm and `help` look at it."""
-    own = list(inspect.signature(_DecoupledShrink.__init__).parameters.values())
-    shrink = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
-    theirs = [
-        parameter.replace(name='base_alpha') if parameter.name == 'alpha' else parameter
-        for parameter in inspect.signature(base.__init__).parameters.values()
-    ]
-    return inspect.Signature(theirs + shrink)
-
-
-def _new_aws_optimizer(base: Any) -> torch.optim.Optimizer:
-    cls = aws_optimizer(base)
-    return cls.__new__(cls)

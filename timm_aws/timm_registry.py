@@ -18,8 +18,9 @@ import torch
 import torch.nn as nn
 from timm.optim._optim_factory import OptimInfo, OptimizerRegistry, default_registry
 
+from .any_optimizer import aws_optimizer
 from .normalized_conv import NormalizedConv2d, fold_normalization
-from .optimizers import AwsAdam, AwsSGD, aws_optimizer
+from .optimizers import AwsAdam, AwsSGD
 from .param_groups import split_normalized
 from .shrink import DEFAULT_ALPHA
 
