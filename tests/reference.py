@@ -23,18 +23,19 @@ def normalized(elements: list[float], normalization: str) -> list[float]:
     return [(w - mean) / length for w in elements]
 
 
-def _gammas(filters: list[list[float]], alpha: float, normalization: str) -> list[float]:
-    return [alpha * filter_length(elements, normalization) for elements in filters]
-
-
 def _rows(tensor: torch.Tensor) -> list[list[float]]:
     return tensor.detach().double().reshape(tensor.shape[0], -1).tolist()
 
 
-def _apply_decoupled(filters: list[list[float]], lr: float, gammas: list[float]) -> None:
+def _shrink(filters, grads, lr, alpha, normalization, decoupled, maximize) -> list[list[float]]:
+    """Applies the shrink, to the filters in place or to the gradients, which are returned in the sense of descent."""
+    gammas = [alpha * filter_length(elements, normalization) for elements in filters]
+    grads = [[-x if maximize else x for x in row] for row in grads]
+    if not decoupled:
+        return [[x + gamma * w for x, w in zip(row, ws)] for row, ws, gamma in zip(grads, filters, gammas)]
     for elements, gamma in zip(filters, gammas):
-        for i in range(len(elements)):
-            elements[i] *= max(0., 1 - lr * gamma)
+        elements[:] = [w * max(0., 1 - lr * gamma) for w in elements]
+    return grads
 
 
 def sgd(
@@ -53,12 +54,7 @@ def sgd(
     """Takes one step for each gradient; returns the last weight in float64."""
     filters, buffers = _rows(weight), None
     for grad, lr in zip(grads, lrs):
-        gammas = _gammas(filters, alpha, normalization)
-        g = [[-x if maximize else x for x in row] for row in _rows(grad)]
-        if decoupled:
-            _apply_decoupled(filters, lr, gammas)
-        else:
-            g = [[x + gamma * w for x, w in zip(row, elements)] for row, elements, gamma in zip(g, filters, gammas)]
+        g = _shrink(filters, _rows(grad), lr, alpha, normalization, decoupled, maximize)
         if momentum == 0:
             buffers = g
         elif buffers is None:
@@ -91,12 +87,7 @@ def adam(
     v = [[0.] * len(elements) for elements in filters]
     v_max = [[0.] * len(elements) for elements in filters]
     for step, (grad, lr) in enumerate(zip(grads, lrs), start=1):
-        gammas = _gammas(filters, alpha, normalization)
-        g = [[-x if maximize else x for x in row] for row in _rows(grad)]
-        if decoupled:
-            _apply_decoupled(filters, lr, gammas)
-        else:
-            g = [[x + gamma * w for x, w in zip(row, elements)] for row, elements, gamma in zip(g, filters, gammas)]
+        g = _shrink(filters, _rows(grad), lr, alpha, normalization, decoupled, maximize)
         for f, row in enumerate(g):
             for i, x in enumerate(row):
                 m[f][i] = betas[0] * m[f][i] + (1 - betas[0]) * x

@@ -156,6 +156,17 @@ def test_param_group_fn_is_split_unless_it_says_alpha_itself():
         (4, 0.5, 2.5e-3, 'ws', 0.), (8, 0.5, 0., None, 0.1), (15, 0.1, 0.125, 'cwn', 0.1), (1, 0.1, 0., None, 0.25)]
 
 
+def test_parameters_that_are_not_of_the_model_are_not_shrunk_and_pairs_are_refused():
+    model, extra = timm.create_model('ws_resnet18'), nn.Parameter(torch.ones(2, 2))
+    optimizer = create_optimizer_v2(
+        model, 'aws_sgd', lr=0.1, param_group_fn=lambda m: [{'params': [*m.parameters(), extra]}])
+    alpha, = [g['alpha'] for g in optimizer.param_groups if any(p is extra for p in g['params'])]
+    assert alpha == 0
+    with pytest.raises(TypeError, match='holds a tuple'):
+        create_optimizer_v2(
+            model, 'aws_sgd', lr=0.1, param_group_fn=lambda m: [{'params': list(m.named_parameters())}])
+
+
 def test_filter_bias_and_bn_off_decays_biases_and_norms_but_no_normalized_weight():
     optimizer = create_optimizer_v2(_model(), 'aws_sgd', lr=0.1, weight_decay=0.1, filter_bias_and_bn=False)
     decay = {name: g['weight_decay'] for g in optimizer.param_groups for name in g['param_names']}

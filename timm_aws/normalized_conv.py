@@ -96,7 +96,7 @@ class NormalizedConv2d(nn.Conv2d):
             )
 
     def normalized_weight(self) -> torch.Tensor:
-        """Returns W', the weight that forward convolves with, in the shape of `weight`."""
+        """Returns W', the weight that forward convolves with, in the shape of `weight`; each layer has its own."""
         raise NotImplementedError
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -78,7 +78,7 @@ class _CoupledOrDecoupled(ShrinkGroups):
             group: dict[str, Any],
             gradient: Callable[[torch.Tensor], torch.Tensor] = _own_gradient,
     ) -> None:
-        """Takes torch's step on a group, with what `gradient` makes of a parameter as its gradient."""
+        """Takes torch's step on a group, with what `gradient` makes of a parameter as its gradient; SGD's or Adam's."""
         raise NotImplementedError
 
     def _match_layout(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> list[torch.Tensor]:

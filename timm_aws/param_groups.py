@@ -13,6 +13,8 @@ from .shrink import DEFAULT_ALPHA
 
 __all__ = ['normalized_weights', 'param_groups_aws', 'split_normalized']
 
+_FOREIGN = '(not of the model)'  # the name of a parameter that a user adds, one of the loss for example
+
 
 def normalized_weights(model: nn.Module) -> dict[str, str]:
     """Finds the parameters whose length does not change the model's output.
@@ -100,6 +102,7 @@ def split_normalized(
 
     Raises:
         ValueError: If the model has no normalized weights.
+        TypeError: If a group holds anything but parameters.
     """
     normalization_of = normalized_weights(model)
     if not normalization_of:
@@ -114,10 +117,12 @@ def split_normalized(
         params = [keys['params']] if isinstance(keys['params'], torch.Tensor) else list(keys['params'])
         halves: dict[str | None, list[Any]] = {}
         for param in params:
-            normalization = None if alpha_key in keys else normalization_of.get(name_of[param])
+            if not isinstance(param, torch.Tensor):
+                raise TypeError(f'A parameter group holds a {type(param).__name__}: give parameters, without names.')
+            normalization = None if alpha_key in keys else normalization_of.get(name_of.get(param, _FOREIGN))
             halves.setdefault(normalization, []).append(param)
         for normalization, half in halves.items():
-            split: dict[str, Any] = {'params': half, 'param_names': [name_of[param] for param in half]}
+            split: dict[str, Any] = {'params': half, 'param_names': [name_of.get(param, _FOREIGN) for param in half]}
             if normalization is not None:
                 split.update({'normalization': normalization, alpha_key: alpha, 'weight_decay': 0.})
             elif alpha_key not in keys:
