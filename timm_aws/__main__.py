@@ -2,12 +2,17 @@
 
     timm-aws run SCRIPT.py [ARGS...]                                     any script, with the plugin registered
     torchrun --nproc_per_node=N -m timm_aws run SCRIPT.py [ARGS...]      the same on N processes
+    timm-aws export RUN OUT                                              a checkpoint folder from a run of train.py
+    timm-aws publish FOLDER OWNER/NAME                                   the folder on the Hugging Face Hub
 """
 import argparse
+import gc
 import os
+import subprocess
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 __all__ = ['main']
 
@@ -20,6 +25,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog='timm-aws', description='Adaptive Weight Shrink for timm.')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    for add in (_add_run, _add_export, _add_publish):
+        add(commands)
+    options = parser.parse_args(argv)
+    options.command(options)
+
+
+def _add_run(commands) -> None:
     run = commands.add_parser(
         'run',
         help="run a script with the plugin registered, such as timm's validate.py",
@@ -28,8 +40,91 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     run.add_argument('script', metavar='SCRIPT', help='path of the script')
     run.add_argument('args', metavar='ARGS', nargs=argparse.REMAINDER, help="the script's own arguments and options")
-    options = parser.parse_args(argv)
-    _run(options.script, options.args)
+    run.set_defaults(command=lambda options: _run(options.script, options.args))
+
+
+def _add_export(commands) -> None:
+    export = commands.add_parser(
+        'export',
+        help="make a checkpoint folder from what timm's train.py left",
+        description='Makes a folder of safetensors, config.json, card and records that timm and the Hub read.',
+    )
+    export.add_argument('source', metavar='RUN', type=Path, help="folder of timm's train.py, or a checkpoint file")
+    export.add_argument('out', metavar='OUT', type=Path, help='folder to make, named <architecture>.<tag>')
+    export.add_argument('--dataset', required=True, help='name of the data set trained on, such as Tiny-ImageNet-200')
+    export.add_argument('--license', required=True, help='licence of the weights, such as apache-2.0')
+    export.add_argument('--ema', action=argparse.BooleanOptionalAction, default=None,
+                        help='take the averaged weights, or do not; left out: those that validate better')
+    export.add_argument('--labels', type=Path, help='a header, then a line a class: name, tab, description')
+    export.add_argument('--data-dir', type=Path, help='folder of the images')
+    export.add_argument('--validate', type=Path, metavar='VALIDATE.PY', help="timm's validate.py, to measure with")
+    _add_traceback(export)
+    export.set_defaults(command=_export)
+
+
+def _add_publish(commands) -> None:
+    publish = commands.add_parser(
+        'publish',
+        help='put a checkpoint folder on the Hugging Face Hub',
+        description='Uploads a checkpoint folder in one commit, fetches it back and compares. Uses the token of '
+        '`hf auth login` or HF_TOKEN.',
+    )
+    publish.add_argument('folder', metavar='FOLDER', type=Path, help='checkpoint folder, see export')
+    publish.add_argument('repo_id', metavar='OWNER/NAME', help='repository; it is made where there is none')
+    publish.add_argument('--private', action='store_true', help='make the repository a private one')
+    publish.add_argument('--revision', metavar='BRANCH', help='branch to publish on, made where there is none')
+    publish.add_argument('--dry-run', action='store_true', help='check the folder and say what would be uploaded')
+    _add_traceback(publish)
+    publish.set_defaults(command=_publish)
+
+
+def _add_traceback(command: argparse.ArgumentParser) -> None:
+    command.add_argument('--traceback', action='store_true', help='show where an error comes from')
+
+
+def _in_one_line(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """Makes a command report in one line on stderr, and with exit code 1, what the user can do something about."""
+
+    def reporting(options: argparse.Namespace) -> None:
+        try:
+            return command(options)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (ValueError, RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+            if options.traceback:
+                raise
+            message = ' '.join(str(error).split())
+        gc.collect()  # the error is gone, and with it the frames that it held: a progress bar in them ends its line
+        print(f'timm-aws: {message}', file=sys.stderr)
+        sys.exit(1)
+
+    return reporting
+
+
+@_in_one_line
+def _export(options: argparse.Namespace) -> None:
+    from .export import export
+
+    results = export(
+        options.source, options.out, dataset=options.dataset, license=options.license, ema=options.ema,
+        labels=options.labels, data_dir=options.data_dir, validate_py=options.validate)
+    found = f'{results["metrics"]["top1"]} % top-1' if 'metrics' in results else 'not validated'
+    print(f'{options.out}: {found}, {results["weights"]["bytes"] / 2**20:.1f} MiB')
+
+
+@_in_one_line
+def _publish(options: argparse.Namespace) -> None:
+    from .hub import publish
+
+    done = publish(
+        options.folder, options.repo_id, private=options.private, revision=options.revision,
+        dry_run=options.dry_run)
+    for name in done.upload:
+        size = (options.folder / name).stat().st_size
+        print(f'{"would upload" if options.dry_run else "uploaded"} {name}, {size} bytes')
+    if not done.upload:
+        print('everything is there already')
+    print(done.url)
 
 
 def _run(script: str, args: Sequence[str]) -> None:

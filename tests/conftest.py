@@ -1,0 +1,81 @@
+"""Every test talks to a Hub of its own process on 127.0.0.1, and to no other: huggingface_hub reads this at import."""
+import atexit
+import os
+import shutil
+import tempfile
+
+import pytest
+from loopback_hub import LoopbackHub
+
+HUB = LoopbackHub().start()
+_HOME = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+os.environ.update(HF_ENDPOINT=HUB.endpoint, HF_HOME=_HOME, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1')
+for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_OFFLINE', 'HF_HUB_CACHE', 'TIMM_AWS_HUB_NAMESPACE'):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The Hub, empty, as is the cache of what was downloaded, and alice's token in the environment."""
+    HUB.reset()
+    monkeypatch.setenv('HF_TOKEN', 'hf_writer')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'hub_cache'))
+    monkeypatch.setattr('time.sleep', lambda seconds: None)  # the client waits between its tries
+    return HUB
+
+
+@pytest.fixture(scope='session')
+def train_run(tmp_path_factory):
+    """Makes folders as timm's train.py leaves them, after two steps of test_ws_resnet and with averaged weights."""
+    import argparse
+
+    import timm
+    import torch
+    import yaml
+    from timm.optim import create_optimizer_v2
+    from timm.utils import CheckpointSaver, ModelEmaV3
+
+    import timm_aws  # noqa: F401
+
+    def make(**options):
+        folder = tmp_path_factory.mktemp('run')
+        ema = options.pop('with_ema', False)
+        scale = options.pop('scale', 1)
+        args = argparse.Namespace(**{
+            'model': 'test_ws_resnet', 'num_classes': 4, 'in_chans': None, 'gp': None, 'model_kwargs': {},
+            'img_size': 48, 'crop_pct': 1.0, 'mean': None, 'std': None, 'interpolation': '', 'seed': 42,
+            'opt': 'aws_sgd', 'opt_kwargs': {'alpha': 2.5e-3}, 'momentum': 0.9, 'lr': 0.1, 'batch_size': 8,
+            'epochs': 2, 'device': 'cpu', 'workers': 1, 'train_split': 'train', 'val_split': 'validation',
+            'eval_metric': 'top1', 'data_dir': str(folder / 'images'), 'output': str(folder), 'experiment': 'name',
+            'resume': '', 'initial_checkpoint': '', **options})
+        torch.manual_seed(0)
+        model = timm.create_model('test_ws_resnet', num_classes=4)
+        averaged = ModelEmaV3(model, decay=0.5) if ema else None
+        optimizer = create_optimizer_v2(model, 'aws_sgd', lr=args.lr, weight_decay=1e-4)
+        (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
+        saver = CheckpointSaver(model, optimizer, args, averaged, checkpoint_dir=str(folder))
+        for epoch in range(args.epochs):
+            model(torch.randn(8, 3, 48, 48)).square().mean().backward()
+            optimizer.step()
+            if averaged:
+                averaged.update(model)
+            with torch.no_grad():
+                model.fc.weight.mul_(scale)
+            saver.save_checkpoint(epoch, metric=10. * epoch)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def checkpoint_folder(train_run, tmp_path_factory):
+    """A checkpoint folder with labels, not validated."""
+    from timm_aws.export import export
+
+    folder = tmp_path_factory.mktemp('exported')
+    labels = folder / 'labels.tsv'
+    labels.write_text('name\twords\n' + ''.join(f'n{index}\tthing {index}\n' for index in range(4)))
+    out = folder / 'test_ws_resnet.aws_noise'
+    export(train_run(), out, dataset='noise', license='apache-2.0', labels=labels)
+    return out

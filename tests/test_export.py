@@ -1,0 +1,260 @@
+"""Checkpoint folders made of what timm's train.py leaves: contents, precision, choice of weights, refusals."""
+import argparse
+import csv
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from timm_aws.__main__ import main
+from timm_aws.checkpoints import check_folder
+from timm_aws.export import export
+
+NAME = 'test_ws_resnet.aws_noise'
+SETTINGS = {'dataset': 'noise', 'license': 'apache-2.0'}
+
+
+def best(run):
+    return torch.load(run / 'model_best.pth.tar', weights_only=False)
+
+
+def weights_of(folder):
+    return load_file(folder / 'model.safetensors')
+
+
+# Stands in for timm's script, with its options and its results file: says what WEIGHTS_TOP1 names for each choice.
+VALIDATE = '''
+import argparse, json, timm
+parser = argparse.ArgumentParser()
+for name in ('data-dir', 'model', 'checkpoint', 'split', 'device', 'workers', 'results-file', 'results-format'):
+    parser.add_argument('--' + name)
+parser.add_argument('--pretrained', action='store_true')
+parser.add_argument('--use-ema', action='store_true')
+args = parser.parse_args()
+timm.create_model(args.model, pretrained=args.pretrained, checkpoint_path=args.checkpoint)
+top1 = {top1}['half' if args.pretrained else 'ema' if args.use_ema else 'model']
+json.dump(dict(top1=top1, top5=90.0, img_size=48, crop_pct=1.0, interpolation='bicubic', args=str(args)),
+          open(args.results_file, 'w'))
+'''
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Options that make export measure: what it will find for the two kinds of weights and in half precision."""
+    for split, count in (('train', 3), ('val', 2)):
+        for label in 'abcd':
+            folder = tmp_path / 'images' / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / f'{index}.png')
+
+    def options(**top1):
+        (tmp_path / 'validate.py').write_text(VALIDATE.replace('{top1}', repr(top1)))
+        return {'data_dir': tmp_path / 'images', 'validate_py': tmp_path / 'validate.py'}
+
+    return options
+
+
+def test_folder_is_whole_and_loads_into_the_same_network(train_run, tmp_path):
+    run = train_run()
+    export(run, tmp_path / NAME, **SETTINGS)
+    check_folder(tmp_path / NAME)
+    stored, trained = weights_of(tmp_path / NAME), best(run)['state_dict']
+    assert stored.keys() == trained.keys()
+    for name, weight in trained.items():
+        half = weight.ndim >= 2
+        assert stored[name].dtype == (torch.float16 if half else weight.dtype), name
+        assert torch.equal(stored[name], weight.half() if half else weight), name
+    model = timm.create_model(f'local-dir:{tmp_path / NAME}', pretrained=True)
+    assert (model.num_classes, tuple(model.pretrained_cfg['input_size'])) == (4, (3, 48, 48))
+    assert model.fc.weight.dtype == torch.float32
+
+
+def test_config_is_what_timm_reads(checkpoint_folder):
+    config = json.loads((checkpoint_folder / 'config.json').read_text())
+    assert config['architecture'] == 'test_ws_resnet'
+    assert config['num_classes'] == 4
+    assert config['label_names'] == ['n0', 'n1', 'n2', 'n3']
+    assert config['label_descriptions']['n2'] == 'thing 2'
+    cfg = config['pretrained_cfg']
+    assert (cfg['tag'], cfg['license'], cfg['paper_ids']) == ('aws_noise', 'apache-2.0', 'doi:10.1609/aaai.v34i04.5904')
+    assert (cfg['input_size'], cfg['crop_pct'], cfg['interpolation']) == ([3, 48, 48], 1.0, 'bicubic')
+    assert cfg['pool_size'] == [2, 2]
+
+
+def test_nothing_tells_of_the_machine_it_was_made_on(train_run, tmp_path):
+    run = train_run()
+    export(run, tmp_path / NAME, **SETTINGS)
+    for path in (tmp_path / NAME).iterdir():
+        assert str(run).encode() not in path.read_bytes()
+        assert path.stat().st_mode & 0o777 == (tmp_path / NAME / 'config.json').stat().st_mode & 0o777
+    args = yaml.safe_load((tmp_path / NAME / 'args.yaml').read_text())
+    assert (args['opt'], args['lr'], 'data_dir' in args) == ('aws_sgd', 0.1, False)
+
+
+def test_results_tell_how_the_weights_came_about(train_run, tmp_path, measured):
+    run = train_run()
+    returned = export(run, tmp_path / NAME, **SETTINGS, **measured(model=50.03, half=50.0))
+    results = json.loads((tmp_path / NAME / 'results.json').read_text())
+    assert results == json.loads(json.dumps(returned))
+    assert results['metrics'] == {'top1': 50.0, 'top5': 90.0, 'img_size': 48, 'crop_pct': 1.0,
+                                  'interpolation': 'bicubic', 'images': 8, 'by': "timm's validate.py"}
+    assert results['metrics_in_full_precision']['top1'] == 50.03
+    assert results['train_py'] == {'epoch': 2, 'top1': 10.0}
+    (stage,) = results['training']
+    assert stage == {'command': 'python train.py --config args.yaml --data-dir images', 'epochs': 2,
+                     'hours': stage['hours'], 'images': 24}
+    assert results['seed'] == 42
+    assert results['versions']['torch'] == torch.__version__.split('+')[0]
+    parameters = sum(parameter.numel() for parameter in timm.create_model('test_ws_resnet', num_classes=4).parameters())
+    assert results['weights']['parameters'] == parameters
+
+
+def test_card_has_the_measured_accuracy_in_words_and_in_the_model_index(train_run, tmp_path, measured):
+    export(train_run(), tmp_path / NAME, **SETTINGS, **measured(model=50.03, half=50.0))
+    card = ModelCard.load(tmp_path / NAME / 'README.md')
+    found = {result.metric_name: (result.metric_value, result.dataset_name) for result in card.data.eval_results}
+    assert found == {'top-1 (%)': (50.0, 'noise'), 'top-5 (%)': (90.0, 'noise')}
+    assert '| 50.00 % | 90.00 % | 48 px |' in card.text
+    assert 'no ImageNet-1k model' in card.text
+
+
+@pytest.mark.parametrize('top1, ema', [({'model': 50, 'ema': 51, 'half': 51}, True),
+                                       ({'model': 52, 'ema': 51, 'half': 52}, False)])
+def test_weights_that_validate_better_are_taken(train_run, tmp_path, measured, top1, ema):
+    run = train_run(with_ema=True)
+    assert export(run, tmp_path / NAME, **SETTINGS, **measured(**top1))['weights']['ema'] is ema
+    expected = best(run)['state_dict_ema' if ema else 'state_dict']['fc.weight'].half()
+    assert torch.equal(weights_of(tmp_path / NAME)['fc.weight'], expected)
+    assert not torch.equal(best(run)['state_dict']['fc.weight'], best(run)['state_dict_ema']['fc.weight'])
+
+
+@pytest.mark.parametrize('ema', [True, False])
+def test_weights_that_are_asked_for_are_taken(train_run, tmp_path, ema):
+    run = train_run(with_ema=True)
+    main(['export', str(run), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit',
+          '--ema' if ema else '--no-ema'])
+    expected = best(run)['state_dict_ema' if ema else 'state_dict']['fc.weight'].half()
+    assert torch.equal(weights_of(tmp_path / NAME)['fc.weight'], expected)
+
+
+def test_runs_before_are_told_in_order(train_run, tmp_path):
+    first = train_run(img_size=32, epochs=1, lr=0.2)
+    second = train_run(initial_checkpoint=str(first / 'last.pth.tar'))
+    stages = export(second, tmp_path / NAME, **SETTINGS)['training']
+    assert [stage['epochs'] for stage in stages] == [1, 2]
+    assert stages[0]['command'].split()[6:] == ['--epochs', '1', '--img-size', '32', '--lr', '0.2']
+    assert stages[1]['command'].split()[6:] == ['--initial-checkpoint', f'{first.name}/last.pth.tar']
+    with (tmp_path / NAME / 'effective_lr.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert sorted({row['epoch'] for row in rows}) == ['1', '2', '3']
+    row = next(row for row in rows if row['epoch'] == '3' and row['layer'] == 'conv1.0.weight')
+    std = best(second)['state_dict']['conv1.0.weight'].flatten(1).std(1, correction=0).median()
+    assert float(row['length']) == pytest.approx(std.item(), rel=1e-5)
+    assert float(row['lr']) == 0.1
+
+
+class Trap:
+    def __reduce__(self):
+        return (sys.exit, ('the pickle was executed',))
+
+
+def write_trap(folder):
+    path = folder / 'last.pth.tar'
+    path.write_bytes(pickle.dumps(Trap()))
+
+
+def write_zip_trap(folder):
+    torch.save({'state_dict': {}, 'args': Trap()}, folder / 'last.pth.tar')
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda run: (run / 'last.pth.tar').unlink(), 'is neither a checkpoint nor a folder'),
+    (lambda run: (run / 'last.pth.tar').write_bytes(b''), 'cannot be read as a checkpoint'),
+    (lambda run: (run / 'last.pth.tar').write_text('epoch: 1'), 'cannot be read as a checkpoint'),
+    (lambda run: (run / 'last.pth.tar').write_bytes((run / 'last.pth.tar').read_bytes()[:5000]), 'cannot be read'),
+    (lambda run: torch.save({'model': 1}, run / 'last.pth.tar'), "is not a checkpoint of timm's train.py"),
+    (write_trap, 'cannot be read as a checkpoint'),
+    (write_zip_trap, 'cannot be read as a checkpoint'),
+])
+def test_what_is_no_checkpoint_is_refused_in_one_line(train_run, tmp_path, capsys, damage, message):
+    run = train_run()
+    (run / 'model_best.pth.tar').unlink()
+    damage(run)
+    with pytest.raises(SystemExit) as exit:
+        main(['export', str(run), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit'])
+    error = capsys.readouterr().err
+    assert exit.value.code == 1
+    assert error.count('\n') == 1
+    assert error.startswith('timm-aws: ')
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusals_name_what_is_wrong_and_leave_nothing(train_run, tmp_path, measured):
+    run = train_run()
+
+    def refused(out, match, source=run, **options):
+        with pytest.raises(ValueError, match=match):
+            export(source, tmp_path / out, **{**SETTINGS, **options})
+        assert not [path for path in tmp_path.iterdir() if 'resnet' in path.name]
+
+    refused('test_ws_resnet', r'must be named test_ws_resnet\.<tag>')
+    refused('ws_resnet18.aws_noise', r'must be named test_ws_resnet\.<tag>')
+    refused(NAME, 'holds no averaged weights', ema=True)
+    refused(NAME, 'choose with ema=True', source=train_run(with_ema=True))
+    refused(NAME, 'needs data_dir', validate_py=tmp_path / 'validate.py')
+    (tmp_path / 'labels.tsv').write_text('name\twords\nn0\tone\n')
+    refused(NAME, 'names 1 classes, the network has 4', labels=tmp_path / 'labels.tsv')
+    refused(NAME, r'costs 0\.06 points', **measured(model=50.06, half=50.0))
+    refused(NAME, 'fc.weight of .* is not finite in half precision', source=train_run(epochs=1, scale=1e9))
+
+
+def test_what_is_there_already_stays(train_run, tmp_path):
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / 'mine.txt').write_text('mine')
+    with pytest.raises(ValueError, match='exists already: move it away'):
+        export(train_run(), tmp_path / NAME, **SETTINGS)
+    assert [path.name for path in (tmp_path / NAME).iterdir()] == ['mine.txt']
+
+
+def test_failing_validation_leaves_nothing(train_run, tmp_path, measured, capfd):
+    options = measured()  # the script will look for a figure in vain
+    with pytest.raises(SystemExit):
+        main(['export', str(train_run()), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit',
+              '--data-dir', str(options['data_dir']), '--validate', str(options['validate_py'])])
+    assert 'KeyError' in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['images', 'validate.py']
+
+
+def test_card_of_an_unnamed_network_prints_indices(train_run, tmp_path):
+    export(train_run(), tmp_path / NAME, **SETTINGS)
+    assert "print(f'{probabilities[index]:.1%}', index)" in (tmp_path / NAME / 'README.md').read_text()
+
+
+def test_wrong_weights_for_the_architecture(train_run, tmp_path):
+    run = train_run()
+    checkpoint = best(run)
+    checkpoint['args'] = argparse.Namespace(**{**vars(checkpoint['args']), 'num_classes': 5})
+    torch.save(checkpoint, run / 'model_best.pth.tar')
+    with pytest.raises(RuntimeError, match='size mismatch for fc'):
+        export(run, tmp_path / NAME, **SETTINGS)
+
+
+def test_damaged_folder_is_not_loaded(train_run, tmp_path):
+    folder = tmp_path / NAME
+    export(train_run(), folder, **SETTINGS)
+    weights = weights_of(folder)
+    weights['fc.bias'][0] += 1
+    save_file(weights, folder / 'model.safetensors', metadata={'format': 'pt'})
+    with pytest.raises(ValueError, match=r'model\.safetensors is damaged: sha256 is'):
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert timm.create_model(f'local-dir:{folder}').num_classes == 4

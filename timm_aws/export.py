@@ -1,0 +1,332 @@
+"""From what timm's train.py leaves behind to a checkpoint folder that timm and the Hugging Face Hub read."""
+import argparse
+import csv
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+import yaml
+from timm.data import create_dataset, resolve_data_config
+from timm.models import save_for_hf
+
+from . import checkpoints
+from .model_card import model_card
+from .shrink import filter_length
+
+__all__ = ['export']
+
+# Options of train.py that say where things are on one machine.
+_PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume')
+# Half precision must not cost more of the top-1 accuracy than this, in points.
+_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint of timm's train.py.
+
+    Attributes:
+        path: Its file.
+        args: Every option of train.py, by name.
+        content: What the file holds.
+    """
+    path: Path
+    args: dict[str, Any]
+    content: dict[str, Any]
+
+    @property
+    def run(self) -> Path:
+        return self.path.parent
+
+    @property
+    def has_ema(self) -> bool:
+        return 'state_dict_ema' in self.content
+
+    def weights(self, ema: bool) -> dict[str, torch.Tensor]:
+        return self.content['state_dict_ema' if ema else 'state_dict']
+
+
+def export(
+        source: Path,
+        out: Path,
+        *,
+        dataset: str,
+        license: str,
+        ema: bool | None = None,
+        labels: Path | None = None,
+        data_dir: Path | None = None,
+        validate_py: Path | None = None,
+) -> dict[str, Any]:
+    """Makes a checkpoint folder.
+
+    The folder is written aside and takes its name when it is whole. Filters and matrices are stored in half precision,
+    the rest as it is.
+
+    Args:
+        source: Folder that timm's train.py wrote, of which the best checkpoint is taken, or a checkpoint file.
+        out: Folder to make, named `<architecture>.<tag>`.
+        dataset: Name of the data set that the network was trained on, for people to read.
+        license: Licence of the weights, by its SPDX identifier in lower case.
+        ema: Take the averaged weights (True) or the last ones (False). None takes those that validate better.
+        labels: File of a header and one line a class, in the order of the classifier: name, a tab, a description.
+        data_dir: The images that the network was trained on, to count them and to validate on.
+        validate_py: timm's validate.py, to measure with.
+
+    Returns:
+        What results.json holds: accuracies, training, versions, hardware, size and sha256 of the weights.
+
+    Raises:
+        ValueError: If the source is no checkpoint of train.py, if `out` exists or is not named after the network, if
+            labels and classes are not equal in number, if `ema` has to be chosen, or if half precision does harm.
+        subprocess.CalledProcessError: If validate.py fails.
+    """
+    checkpoint = _load(_find(source))
+    _check_name(out, checkpoint.args['model'])
+    _check_choice(checkpoint, ema, data_dir, validate_py)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as aside:
+        folder = Path(aside, out.name)
+        _write_config(checkpoint, folder, license, out.name.partition('.')[2], labels)
+        full = {}
+        if validate_py and data_dir:
+            candidates = (False, True)[:1 + checkpoint.has_ema] if ema is None else (ema,)
+            full = {use: _validate(checkpoint, folder, data_dir, validate_py, use) for use in candidates}
+            ema = max(full, key=lambda use: full[use]['top1'])
+        ema = bool(ema)
+        _write_weights(checkpoint, folder, ema)
+        results = _results(checkpoint, folder, dataset, ema, data_dir)
+        if validate_py and data_dir:
+            _check_half(full[ema], half := _validate(checkpoint, folder, data_dir, validate_py))
+            results = {**results, 'metrics': half, 'metrics_in_full_precision': full[ema]}
+        _write_json(folder / checkpoints.RESULTS, results)
+        _write_effective_lr(checkpoint, folder)
+        (folder / checkpoints.CARD).write_text(model_card(folder), encoding='utf-8')
+        folder.rename(out)
+    return results
+
+
+def _find(source: Path) -> Path:
+    candidates = [source / 'model_best.pth.tar', source / 'last.pth.tar'] if source.is_dir() else [source]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ValueError(f"{source} is neither a checkpoint nor a folder of timm's train.py with {candidates[-1].name}.")
+
+
+def _load(path: Path) -> _Checkpoint:
+    path.open('rb').close()  # a file that may not be read is another matter than a damaged one
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # torch raises whatever the damage leads to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f'{path} cannot be read as a checkpoint: {reason}') from error
+    if not (isinstance(content, dict) and isinstance(content.get('args'), argparse.Namespace)
+            and isinstance(content.get('state_dict'), dict)):
+        raise ValueError(f"{path} is not a checkpoint of timm's train.py: it needs args and state_dict.")
+    return _Checkpoint(path.resolve(), vars(content['args']), content)
+
+
+def _check_name(out: Path, architecture: str) -> None:
+    name, _, tag = out.name.partition('.')
+    if name != architecture or not tag:
+        raise ValueError(f'The folder must be named {architecture}.<tag>, such as {architecture}.aws_tin200, '
+                         f'not {out.name!r}.')
+    if out.exists():
+        raise ValueError(f'{out} exists already: move it away, or export to another place.')
+
+
+def _check_choice(checkpoint: _Checkpoint, ema: bool | None, data_dir: Path | None, validate_py: Path | None) -> None:
+    if validate_py and not data_dir:
+        raise ValueError('validate_py needs data_dir, the folder of the images to validate on.')
+    if ema and not checkpoint.has_ema:
+        raise ValueError(f'{checkpoint.path} holds no averaged weights: train with --model-ema, or leave ema out.')
+    if checkpoint.has_ema and ema is None and not validate_py:
+        raise ValueError(
+            f'{checkpoint.path} holds averaged weights too: choose with ema=True (--ema) or ema=False (--no-ema), or '
+            f'give validate_py and data_dir (--validate, --data-dir) to take those that validate better.'
+        )
+
+
+def _write_config(checkpoint: _Checkpoint, folder: Path, license: str, tag: str, labels: Path | None) -> None:
+    """Writes what timm needs to build the network and to prepare images, and the options of the training."""
+    args = checkpoint.args
+    model = timm.create_model(
+        args['model'], num_classes=args['num_classes'], in_chans=args['in_chans'], global_pool=args['gp'],
+        **args['model_kwargs'])
+    model.load_state_dict(checkpoint.weights(ema=False))
+    data = resolve_data_config(args, model=model)
+    reduction = model.feature_info[-1]['reduction']
+    model.pretrained_cfg = {
+        **model.pretrained_cfg, **data, 'tag': tag, 'license': license,
+        'pool_size': tuple(math.ceil(size / reduction) for size in data['input_size'][1:]),
+    }
+    config = {'label_names': list(names), 'label_descriptions': names} if (names := _labels(labels)) else {}
+    if names and len(names) != model.num_classes:
+        raise ValueError(f'{labels} names {len(names)} classes, the network has {model.num_classes}.')
+    save_for_hf(
+        model, str(folder), model_config=config, model_args=args['model_kwargs'] or None, safe_serialization=True)
+    settings = {key: value for key, value in args.items() if key not in _PLACES}
+    (folder / checkpoints.ARGS).write_text(yaml.safe_dump(settings), encoding='utf-8')
+
+
+def _labels(path: Path | None) -> dict[str, str]:
+    lines = path.read_text(encoding='utf-8').splitlines()[1:] if path else []
+    return {name: words for name, _, words in (line.partition('\t') for line in lines)}
+
+
+def _write_weights(checkpoint: _Checkpoint, folder: Path, ema: bool) -> None:
+    # Norms, biases and running statistics stay: they are small, and a variance may be too large for half precision.
+    weights = {
+        name: (weight.half() if weight.ndim >= 2 and weight.is_floating_point() else weight).contiguous()
+        for name, weight in checkpoint.weights(ema).items()
+    }
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f'{name} of {checkpoint.path} is not finite in half precision: it cannot be exported.')
+    path = folder / checkpoints.WEIGHTS
+    safetensors.torch.save_file(weights, path, metadata={'format': 'pt'})
+    path.chmod((folder / checkpoints.CONFIG).stat().st_mode)  # safetensors lets nobody else read its files
+
+
+def _validate(
+        checkpoint: _Checkpoint,
+        folder: Path,
+        data_dir: Path,
+        validate_py: Path,
+        ema: bool | None = None,
+) -> dict[str, Any]:
+    """Runs timm's validate.py on the folder, or with ema given on the checkpoint that it is made of."""
+    args = checkpoint.args
+    weights = ['--pretrained'] if ema is None else ['--checkpoint', str(checkpoint.path)]
+    command = [
+        sys.executable, '-m', 'timm_aws', 'run', str(validate_py.resolve()), '--data-dir', str(data_dir.resolve()),
+        '--model', f'local-dir:{folder.resolve()}', *weights, *(['--use-ema'] if ema else []),
+        '--split', args['val_split'], '--workers', str(args['workers']),
+        '--device', args['device'] if torch.cuda.is_available() else 'cpu',
+    ]
+    with tempfile.TemporaryDirectory() as aside:
+        path = Path(aside, 'results.json')
+        subprocess.run([*command, '--results-file', str(path), '--results-format', 'json'], check=True, cwd=aside)
+        found = json.loads(path.read_text())
+    return {
+        **{key: found[key] for key in ('top1', 'top5', 'img_size', 'crop_pct', 'interpolation')},
+        'images': len(create_dataset('', root=str(data_dir), split=args['val_split'])),
+        'by': "timm's validate.py",
+    }
+
+
+def _check_half(full: dict[str, Any], half: dict[str, Any]) -> None:
+    if full['top1'] - half['top1'] >= _TOLERANCE:
+        raise ValueError(f'Half precision costs {full["top1"] - half["top1"]:.2f} points of top-1 ({full["top1"]} % to '
+                         f'{half["top1"]} %): the weights are too small or too large for it.')
+
+
+def _results(
+        checkpoint: _Checkpoint,
+        folder: Path,
+        dataset: str,
+        ema: bool,
+        data_dir: Path | None,
+) -> dict[str, Any]:
+    weights = folder / checkpoints.WEIGHTS
+    args = checkpoint.args
+    return {
+        'name': folder.name,
+        'dataset': dataset,
+        'weights': {
+            'bytes': weights.stat().st_size,
+            'sha256': checkpoints.sha256(weights),
+            'parameters': sum(weight.numel() for name, weight in checkpoint.weights(ema).items()
+                              if not name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))),
+            'ema': ema,
+        },
+        'train_py': {'epoch': checkpoint.content['epoch'] + 1, args['eval_metric']: checkpoint.content.get('metric')},
+        'training': [_stage(args, *stage, data_dir) for stage in _stages(checkpoint)],
+        'seed': args['seed'],
+        'versions': {name: importlib.metadata.version(name) for name in ('timm_aws', 'timm', 'torch')},
+        'hardware': _hardware(args['device']),
+        'date': datetime.date.today().isoformat(),
+    }
+
+
+def _hardware(device: str) -> str:
+    """Names what a run was made on, taking it that it is exported on the same machine."""
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else 'a GPU of another machine'
+    return f'{os.cpu_count()} cores, {platform.machine()} CPU'
+
+
+def _stages(checkpoint: _Checkpoint) -> list[tuple[dict[str, Any], Path]]:
+    """Follows --initial-checkpoint back: options and folder of each run that led to the checkpoint, the first first."""
+    stages = [(checkpoint.args, checkpoint.run)]
+    while start := stages[0][0]['initial_checkpoint']:
+        run = Path(start).resolve().parent
+        if not (run / 'args.yaml').is_file():
+            break
+        stages.insert(0, (yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8')), run))
+    return stages
+
+
+def _stage(final: dict[str, Any], args: dict[str, Any], run: Path, data_dir: Path | None) -> dict[str, Any]:
+    """Tells how one run is started again, given the args.yaml of the last one, and what it took."""
+    other = {key: value for key, value in args.items() if key not in _PLACES and value != final[key]}
+    if args['initial_checkpoint']:
+        other['initial_checkpoint'] = '/'.join(Path(args['initial_checkpoint']).parts[-2:])
+    words = ['python train.py --config args.yaml --data-dir', Path(args['data_dir'] or 'DATA').name]
+    for key, value in other.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{key.replace('_', '-')}", *map(str, values)]
+    files = [run / 'args.yaml', run / 'last.pth.tar']
+    stage: dict[str, Any] = {'command': ' '.join(words), 'epochs': args['epochs']}
+    if all(path.is_file() for path in files):
+        # From the start, or from the last --resume, to the end of the last epoch.
+        stage['hours'] = round((files[1].stat().st_mtime - files[0].stat().st_mtime) / 3600, 2)
+    if data_dir:
+        images = len(create_dataset('', root=str(data_dir), split=args['train_split']))
+        stage['images'] = images * args['epochs']
+    return stage
+
+
+def _write_effective_lr(checkpoint: _Checkpoint, folder: Path) -> None:
+    """Writes the effective learning rate after each epoch whose checkpoint is still there, and draws it."""
+    rows = []
+    before = 0
+    for args, run in _stages(checkpoint):
+        for path in sorted(run.glob('checkpoint-*.pth.tar'), key=lambda path: path.stat().st_mtime):
+            content = _load(path).content
+            rows += [(before + content['epoch'] + 1, *row) for row in _effective_lr(content)]
+        before += args['epochs']
+    if not rows:
+        return
+    from .plot import plot_effective_lr  # needs matplotlib
+
+    with (folder / checkpoints.CURVES).open('w', newline='') as file:
+        csv.writer(file).writerows([('epoch', 'layer', 'lr', 'length'), *rows])
+    plot_effective_lr(folder / checkpoints.CURVES, folder / checkpoints.PICTURE)
+
+
+def _effective_lr(content: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """Returns name, learning rate and median filter length of each normalized weight in a checkpoint."""
+    return [
+        (name, float(group['lr']),
+         float(f'{filter_length(content["state_dict"][name], group["normalization"]).median():.6g}'))
+        for group in content['optimizer']['param_groups'] if group.get('normalization') and 'param_names' in group
+        for name in group['param_names'] if content['state_dict'][name].ndim >= 2
+    ]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

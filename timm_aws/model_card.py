@@ -1,0 +1,185 @@
+"""The card of a checkpoint folder, its README.md: what a reader on the Hugging Face Hub needs to use and judge it."""
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from . import checkpoints
+
+__all__ = ['model_card']
+
+_CITATION = """\
+@inproceedings{li2020understanding,
+  title     = {Understanding the Disharmony between Weight Normalization Family and Weight Decay},
+  author    = {Li, Xiang and Chen, Shuo and Yang, Jian},
+  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+  year      = {2020},
+  doi       = {10.1609/aaai.v34i04.5904}
+}"""
+
+# How the example prints a class, without and with names in the config.
+_PRINT = (
+    "print(f'{probabilities[index]:.1%}', index)",
+    "label = model.pretrained_cfg['label_names'][index]\n"
+    "    print(f'{probabilities[index]:.1%}', label, model.pretrained_cfg['label_descriptions'][label])",
+)
+
+
+def model_card(folder: Path) -> str:
+    """Writes the card from the folder's config.json, results.json and args.yaml.
+
+    Args:
+        folder: A checkpoint folder.
+
+    Returns:
+        Markdown with the Hub's metadata in front, a model-index among it where the accuracy was measured.
+    """
+    config = json.loads((folder / checkpoints.CONFIG).read_text(encoding='utf-8'))
+    results = json.loads((folder / checkpoints.RESULTS).read_text(encoding='utf-8'))
+    args = yaml.safe_load((folder / checkpoints.ARGS).read_text(encoding='utf-8'))
+    sections = [
+        _introduction(config, results),
+        _usage(config, results),
+        _results(results),
+        _training(args, results, folder),
+        _limits(config, results),
+        f'## Licence and citation\n\nThe weights: {config["pretrained_cfg"]["license"]}.\n\n'
+        f'```bibtex\n{_CITATION}\n```\n',
+    ]
+    return f'---\n{_metadata(config, results).to_yaml()}\n---\n' + '\n'.join(sections)
+
+
+def _metadata(config: dict[str, Any], results: dict[str, Any]) -> ModelCardData:
+    dataset = {'dataset_name': results['dataset'], 'dataset_type': results['dataset'].lower().replace(' ', '-')}
+    evaluation = [
+        EvalResult(
+            task_type='image-classification', metric_type='accuracy', metric_name=name,
+            metric_value=results['metrics'][key], dataset_split='validation', **dataset)
+        for key, name in (('top1', 'top-1 (%)'), ('top5', 'top-5 (%)')) if 'metrics' in results
+    ]
+    return ModelCardData(
+        license=config['pretrained_cfg']['license'],
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm_aws', 'weight-standardization'],
+        model_name=results['name'],
+        eval_results=evaluation or None,
+    )
+
+
+def _introduction(config: dict[str, Any], results: dict[str, Any]) -> str:
+    height, width = config['pretrained_cfg']['input_size'][1:]
+    return (
+        f'# {results["name"]}\n\n'
+        f'`{config["architecture"]}` of [timm](https://github.com/huggingface/pytorch-image-models) with the plugin '
+        f'timm_aws, trained from scratch on {results["dataset"]} at {height} × {width} pixels: '
+        f'{config["num_classes"]} classes, {results["weights"]["parameters"] / 1e6:.1f} million parameters.\n'
+    )
+
+
+def _usage(config: dict[str, Any], results: dict[str, Any]) -> str:
+    return f'''## Use
+
+The network is defined in the plugin, not in timm. The snippet that the Hub shows for timm models imports timm alone and
+so ends in `Unknown model ({config["architecture"]})`: import `timm_aws` first.
+
+```bash
+pip install ./timm_aws    # the folder of a clone
+```
+
+```python
+import timm
+import timm_aws  # registers {config["architecture"]} with timm
+
+# OWNER as in this page's address; or 'local-dir:' and the path of a folder with these files.
+name = 'hf-hub:OWNER/{results["name"]}'
+model = timm.create_model(name, pretrained=True).eval()
+```
+
+Classify an image:
+
+```python
+import torch
+from PIL import Image
+
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+image = Image.open('image.jpg').convert('RGB')
+with torch.inference_mode():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(-1)[0]
+for index in probabilities.topk(5).indices.tolist():
+    {_PRINT[bool(config.get("label_names"))]}
+```
+
+Feature maps of every stage, and one embedding an image:
+
+```python
+stages = timm.create_model(name, pretrained=True, features_only=True).eval()
+maps = stages(transform(image).unsqueeze(0))  # five tensors, (1, channels, height, width)
+
+encoder = timm.create_model(name, pretrained=True, num_classes=0).eval()
+embedding = encoder(transform(image).unsqueeze(0))  # (1, {config["num_features"]})
+```
+
+`timm.utils.reparameterize_model(model)` folds the weight normalization, and the batch norms with it, into plain
+convolutions: same outputs, the speed of the ordinary network.
+'''
+
+
+def _results(results: dict[str, Any]) -> str:
+    if 'metrics' not in results:
+        return '## Results\n\nNot validated.\n'
+    metrics, full = results['metrics'], results['metrics_in_full_precision']
+    return f'''## Results
+
+On the {metrics["images"]:,} validation images of {results["dataset"]}, by {metrics["by"]} with these files:
+
+| top-1 | top-5 | image size | crop | interpolation |
+|---|---|---|---|---|
+| {metrics["top1"]:.2f} % | {metrics["top5"]:.2f} % | {metrics["img_size"]} px | {metrics["crop_pct"]} | \
+{metrics["interpolation"]} |
+
+The filters are stored in half precision; in full precision the network has {full["top1"]:.2f} % top-1.
+'''
+
+
+def _training(args: dict[str, Any], results: dict[str, Any], folder: Path) -> str:
+    stages = results['training']
+    total = {key: sum(stage.get(key, 0) for stage in stages) for key in ('hours', 'images')}
+    options = ', '.join(f'{key} {value}' for key, value in (args['opt_kwargs'] or {}).items())
+    seen = f', {total["images"] / 1e6:.1f} million images seen' if total['images'] else ''
+    picture = '' if not (folder / checkpoints.PICTURE).is_file() else '''
+![Effective learning rate of each layer](effective_lr.png)
+
+Learning rate over filter length after each epoch ([data](effective_lr.csv)), the median of each layer's filters.
+'''
+    return f'''## Training
+
+`{args["opt"]}`{f" ({options})" if options else ""}, momentum {args["momentum"]}, batch size {args["batch_size"]},
+{sum(stage["epochs"] for stage in stages)} epochs{seen}, {total["hours"]:.1f} hours on {results["hardware"]}, seed
+{results["seed"]}. {_weights_taken(results)} Every option is in [args.yaml](args.yaml), to be used with timm's
+unmodified train.py:
+
+```bash
+{chr(10).join(stage["command"] for stage in stages)}
+```
+
+Versions: {", ".join(f"{name} {version}" for name, version in results["versions"].items())}.
+{picture}'''
+
+
+def _weights_taken(results: dict[str, Any]) -> str:
+    kind = 'averaged weights (EMA)' if results['weights']['ema'] else 'weights'
+    return f'These are the {kind} after epoch {results["train_py"]["epoch"]} of the last run.'
+
+
+def _limits(config: dict[str, Any], results: dict[str, Any]) -> str:
+    height, width = config['pretrained_cfg']['input_size'][1:]
+    return f'''## Limits
+
+The network has seen {results["dataset"]} and nothing else: it knows {config["num_classes"]} classes, calls everything
+by one of their names, and expects small photographs ({height} × {width} pixels). This is no ImageNet-1k model and its
+accuracy cannot be compared with one's. The terms of the images it was trained on apply beside the licence of the
+weights.
+'''
