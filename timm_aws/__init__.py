@@ -1,20 +1,23 @@
 """Adaptive Weight Shrink for timm: importing this registers the models and optimizers and gives the public names."""
 from . import ws_resnet
-from .effective_lr import decay_as_lr, effective_lr
+from .effective_lr import decay_as_lr, effective_lr, equilibrium_angle
 from .normalized_conv import CWNConv2d, WNConv2d, WSConv2d, convert
 from .optimizers import AwsAdam, AwsSGD
 from .param_groups import normalized_weights, param_groups_aws
+from .record import Recorder
 from .timm_registry import register
 
 __all__ = [
     'AwsAdam',
     'AwsSGD',
     'CWNConv2d',
+    'Recorder',
     'WNConv2d',
     'WSConv2d',
     'convert',
     'decay_as_lr',
     'effective_lr',
+    'equilibrium_angle',
     'normalized_weights',
     'param_groups_aws',
     'ws_resnet',

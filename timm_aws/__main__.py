@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=N -m timm_aws run SCRIPT.py [ARGS...]      the same on N processes
     timm-aws export RUN OUT                                              a checkpoint folder from a run of train.py
     timm-aws publish FOLDER OWNER/NAME                                   the folder on the Hugging Face Hub
+    timm-aws plot FILE.csv                                               a picture of recorded effective learning rates
 """
 import argparse
 import gc
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog='timm-aws', description='Adaptive Weight Shrink for timm.')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    for add in (_add_run, _add_export, _add_publish):
+    for add in (_add_run, _add_export, _add_publish, _add_plot):
         add(commands)
     options = parser.parse_args(argv)
     options.command(options)
@@ -78,6 +79,19 @@ def _add_publish(commands) -> None:
     publish.set_defaults(command=_publish)
 
 
+def _add_plot(commands) -> None:
+    plot = commands.add_parser(
+        'plot',
+        help='draw the effective learning rates of a run',
+        description='Draws what timm_aws.Recorder, or train.py with --opt-kwargs record=FILE.csv, has written.',
+    )
+    plot.add_argument('record', metavar='FILE.csv', type=Path, help='record of a run')
+    plot.add_argument('out', metavar='PICTURE', type=Path, nargs='?', help='picture, the name of the record with .png '
+                      'if left out; its suffix names the format')
+    _add_traceback(plot)
+    plot.set_defaults(command=_plot)
+
+
 def _add_traceback(command: argparse.ArgumentParser) -> None:
     command.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
@@ -125,6 +139,15 @@ def _publish(options: argparse.Namespace) -> None:
     if not done.upload:
         print('everything is there already')
     print(done.url)
+
+
+@_in_one_line
+def _plot(options: argparse.Namespace) -> None:
+    from .plot import plot_effective_lr
+
+    out = options.out or options.record.with_suffix('.png')
+    plot_effective_lr(options.record, out)
+    print(out)
 
 
 def _run(script: str, args: Sequence[str]) -> None:

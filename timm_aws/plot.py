@@ -1,35 +1,59 @@
 """Pictures of training runs, all in one style."""
 import csv
-from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 __all__ = ['plot_effective_lr']
 
+_LAYERS = colormaps['viridis']  # even in lightness, so it reads without colours too
+
 
 def plot_effective_lr(source: Path, out: Path) -> None:
     """Draws the effective learning rate of each layer over training, as the paper's Figures 2 and 4 do.
 
+    Where the file has the columns that `timm_aws.Recorder` writes, a second panel shows how far each step turns the
+    filters, over the angle that theory gives for the equilibrium.
+
     Args:
-        source: CSV file with a header: `epoch`, `layer`, `lr` and `length`, the median over the layer's filters.
+        source: CSV file with a header: `step` or `epoch`, then `layer`, `lr` and `length` among others, the length
+            being the median over the layer's filters.
         out: Picture to write, of the format that its suffix names.
+
+    Raises:
+        ValueError: If the file has no such columns or no rows.
     """
-    layers = defaultdict(list)
     with source.open(newline='') as file:
-        for row in csv.DictReader(file):
-            layers[row['layer']].append((float(row['epoch']), float(row['lr']) / float(row['length'])))
-    figure = Figure(figsize=(7, 4), layout='constrained')
-    panel = figure.subplots()
-    colors = colormaps['viridis']  # even in lightness, so it reads without colours too
-    for index, points in enumerate(layers.values()):
-        panel.plot(*zip(*points), color=colors(index / max(1, len(layers) - 1)), linewidth=1, marker='.', markersize=4)
-    panel.set(xlabel='epoch', ylabel='effective learning rate, lr / filter length', yscale='log')
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.grid(alpha=0.3)
-    bar = figure.colorbar(ScalarMappable(cmap=colors), ax=panel, ticks=[0, 1])
+        reader = csv.DictReader(file)
+        columns, rows = reader.fieldnames or [], list(reader)
+    if not rows or not {'layer', 'lr', 'length'} <= set(columns):
+        raise ValueError(f'{source} is no record of effective learning rates: it has no rows, or no layer, lr, length.')
+    curves = {'effective learning rate, lr / filter length': lambda row: float(row['lr']) / float(row['length'])}
+    if {'angle', 'equilibrium_angle'} <= set(columns):
+        curves['angle of a step / angle in equilibrium'] = (
+            lambda row: float(row['angle']) / max(float(row['equilibrium_angle']), 1e-30))
+    figure = Figure(figsize=(4 + 4 * len(curves), 4), layout='constrained')
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for panel, (label, value) in zip(panels, curves.items()):
+        _draw_layers(panel, columns[0], rows, value)
+        panel.set(xlabel=columns[0], ylabel=label, yscale='log')
+    bar = figure.colorbar(ScalarMappable(cmap=_LAYERS), ax=panels, ticks=[0, 1])
     bar.ax.set_yticklabels(['first layer', 'last layer'])
     figure.savefig(out, dpi=150)
+
+
+def _draw_layers(panel: Axes, x: str, rows: list[dict[str, str]], value: Callable[[dict[str, str]], float]) -> None:
+    layers: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if (y := value(row)) > 0:  # no logarithm else: the last step of a schedule may have lr 0
+            layers.setdefault(row['layer'], []).append((float(row[x]), y))
+    for index, points in enumerate(layers.values()):
+        color = _LAYERS(index / max(1, len(layers) - 1))
+        panel.plot(*zip(*points), color=color, linewidth=1, marker='.' if len(points) < 30 else None, markersize=4)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.grid(alpha=0.3)

@@ -22,6 +22,7 @@ from .any_optimizer import aws_optimizer
 from .normalized_conv import NormalizedConv2d, fold_normalization
 from .optimizers import AwsAdam, AwsSGD
 from .param_groups import split_normalized
+from .record import Recorder
 from .shrink import DEFAULT_ALPHA
 
 __all__ = ['register']
@@ -86,11 +87,14 @@ def _create_optimizer(
         info = default_registry.get_optimizer_info(name)  # raises where timm has no such optimizer
     opt_class: Any = info.opt_class
 
-    def split_and_create(params: Any, **options: Any) -> torch.optim.Optimizer:
+    def split_and_create(params: Any, record: str | None = None, **options: Any) -> torch.optim.Optimizer:
         if isinstance(model_or_params, nn.Module):
             alpha = options.get('alpha', DEFAULT_ALPHA)
             params = split_normalized(params, model_or_params, alpha, opt_class.alpha_key)
-        return opt_class(params, **options)
+        optimizer = opt_class(params, **options)
+        if record:
+            Recorder(optimizer, record)
+        return optimizer
 
     # timm groups the parameters, sorts out the options and adds Lookahead as for any other optimizer.
     registry = OptimizerRegistry()
