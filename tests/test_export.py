@@ -147,16 +147,16 @@ def test_weights_that_are_asked_for_are_taken(train_run, tmp_path, ema):
 
 
 def test_runs_before_are_told_in_order(train_run, tmp_path):
-    first = train_run(img_size=32, epochs=1, lr=0.2)
-    second = train_run(initial_checkpoint=str(first / 'last.pth.tar'))
+    first = train_run(img_size=32, epochs=3, lr=0.2)
+    second = train_run(initial_checkpoint=str(first / 'checkpoint-1.pth.tar'))
     stages = export(second, tmp_path / NAME, **SETTINGS)['training']
-    assert [stage['epochs'] for stage in stages] == [1, 2]
-    assert stages[0]['command'].split()[6:] == ['--epochs', '1', '--img-size', '32', '--lr', '0.2']
-    assert stages[1]['command'].split()[6:] == ['--initial-checkpoint', f'{first.name}/last.pth.tar']
+    assert [stage['epochs'] for stage in stages] == [2, 2]
+    assert stages[0]['command'].split()[6:] == ['--img-size', '32', '--epochs', '3', '--lr', '0.2']
+    assert stages[1]['command'].split()[6:] == ['--initial-checkpoint', f'{first.name}/checkpoint-1.pth.tar']
     with (tmp_path / NAME / 'effective_lr.csv').open() as file:
         rows = list(csv.DictReader(file))
-    assert sorted({row['epoch'] for row in rows}) == ['1', '2', '3']
-    row = next(row for row in rows if row['epoch'] == '3' and row['layer'] == 'conv1.0.weight')
+    assert [row['epoch'] for row in rows] == [epoch for epoch in '1234' for _ in range(len(rows) // 4)]
+    row = next(row for row in rows if row['epoch'] == '4' and row['layer'] == 'conv1.0.weight')
     std = best(second)['state_dict']['conv1.0.weight'].flatten(1).std(1, correction=0).median()
     assert float(row['length']) == pytest.approx(std.item(), rel=1e-5)
     assert float(row['lr']) == 0.1

@@ -51,6 +51,10 @@ class _Checkpoint:
         return self.path.parent
 
     @property
+    def epochs(self) -> int:
+        return self.content['epoch'] + 1
+
+    @property
     def has_ema(self) -> bool:
         return 'state_dict_ema' in self.content
 
@@ -253,8 +257,8 @@ def _results(
                               if not name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))),
             'ema': ema,
         },
-        'train_py': {'epoch': checkpoint.content['epoch'] + 1, args['eval_metric']: checkpoint.content.get('metric')},
-        'training': [_stage(args, *stage, data_dir) for stage in _stages(checkpoint)],
+        'train_py': {'epoch': checkpoint.epochs, args['eval_metric']: checkpoint.content.get('metric')},
+        'training': [_stage(args, stage, data_dir) for stage in _stages(checkpoint)],
         'seed': args['seed'],
         'versions': {name: importlib.metadata.version(name) for name in ('timm_aws', 'timm', 'torch')},
         'hardware': _hardware(args['device']),
@@ -269,19 +273,17 @@ def _hardware(device: str) -> str:
     return f'{os.cpu_count()} cores, {platform.machine()} CPU'
 
 
-def _stages(checkpoint: _Checkpoint) -> list[tuple[dict[str, Any], Path]]:
-    """Follows --initial-checkpoint back: options and folder of each run that led to the checkpoint, the first first."""
-    stages = [(checkpoint.args, checkpoint.run)]
-    while start := stages[0][0]['initial_checkpoint']:
-        run = Path(start).resolve().parent
-        if not (run / 'args.yaml').is_file():
-            break
-        stages.insert(0, (yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8')), run))
+def _stages(checkpoint: _Checkpoint) -> list[_Checkpoint]:
+    """Follows --initial-checkpoint back: where each run that led to the checkpoint ended, the first first."""
+    stages = [checkpoint]
+    while (start := stages[0].args['initial_checkpoint']) and Path(start).is_file():
+        stages.insert(0, _load(Path(start)))
     return stages
 
 
-def _stage(final: dict[str, Any], args: dict[str, Any], run: Path, data_dir: Path | None) -> dict[str, Any]:
+def _stage(final: dict[str, Any], stage: _Checkpoint, data_dir: Path | None) -> dict[str, Any]:
     """Tells how one run is started again, given the args.yaml of the last one, and what it took."""
+    args = stage.args
     other = {key: value for key, value in args.items() if key not in _PLACES and value != final[key]}
     if args['initial_checkpoint']:
         other['initial_checkpoint'] = '/'.join(Path(args['initial_checkpoint']).parts[-2:])
@@ -289,32 +291,33 @@ def _stage(final: dict[str, Any], args: dict[str, Any], run: Path, data_dir: Pat
     for key, value in other.items():
         values = value if isinstance(value, list) else [] if value is True else [value]
         words += [f"--{key.replace('_', '-')}", *map(str, values)]
-    files = [run / 'args.yaml', run / 'last.pth.tar']
-    stage: dict[str, Any] = {'command': ' '.join(words), 'epochs': args['epochs']}
-    if all(path.is_file() for path in files):
-        # From the start, or from the last --resume, to the end of the last epoch.
-        stage['hours'] = round((files[1].stat().st_mtime - files[0].stat().st_mtime) / 3600, 2)
+    told: dict[str, Any] = {'command': ' '.join(words), 'epochs': stage.epochs}
+    if (stage.run / 'args.yaml').is_file():
+        # From the start of the run, or its last --resume, to the moment the checkpoint was written.
+        seconds = stage.path.stat().st_mtime - (stage.run / 'args.yaml').stat().st_mtime
+        told['hours'] = round(seconds / 3600, 2)
     if data_dir:
-        images = len(create_dataset('', root=str(data_dir), split=args['train_split']))
-        stage['images'] = images * args['epochs']
-    return stage
+        told['images'] = stage.epochs * len(create_dataset('', root=str(data_dir), split=args['train_split']))
+    return told
 
 
 def _write_effective_lr(checkpoint: _Checkpoint, folder: Path) -> None:
     """Writes the effective learning rate after each epoch whose checkpoint is still there, and draws it."""
     rows = []
     before = 0
-    for args, run in _stages(checkpoint):
-        for path in sorted(run.glob('checkpoint-*.pth.tar'), key=lambda path: path.stat().st_mtime):
-            content = _load(path).content
-            rows += [(before + content['epoch'] + 1, *row) for row in _effective_lr(content)]
-        before += args['epochs']
+    for stage in _stages(checkpoint):
+        for path in stage.run.glob('checkpoint-*.pth.tar'):
+            saved = _load(path)
+            if saved.epochs <= stage.epochs:
+                rows += [(before + saved.epochs, *row) for row in _effective_lr(saved.content)]
+        before += stage.epochs
     if not rows:
         return
     from .plot import plot_effective_lr  # needs matplotlib
 
     with (folder / checkpoints.CURVES).open('w', newline='') as file:
-        csv.writer(file).writerows([('epoch', 'layer', 'lr', 'length'), *rows])
+        # By epoch; the layers of one epoch stay in the network's order.
+        csv.writer(file).writerows([('epoch', 'layer', 'lr', 'length'), *sorted(rows, key=lambda row: row[0])])
     plot_effective_lr(folder / checkpoints.CURVES, folder / checkpoints.PICTURE)
 
 
