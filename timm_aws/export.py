@@ -140,7 +140,7 @@ def _load(path: Path) -> _Checkpoint:
     if not (isinstance(content, dict) and isinstance(content.get('args'), argparse.Namespace)
             and isinstance(content.get('state_dict'), dict)):
         raise ValueError(f"{path} is not a checkpoint of timm's train.py: it needs args and state_dict.")
-    return _Checkpoint(path.resolve(), vars(content['args']), content)
+    return _Checkpoint(path.resolve(), dict(vars(content['args'])), content)
 
 
 def _check_name(out: Path, architecture: str) -> None:
@@ -167,7 +167,7 @@ def _check_choice(checkpoint: _Checkpoint, ema: bool | None, data_dir: Path | No
 def _write_config(checkpoint: _Checkpoint, folder: Path, license: str, tag: str, labels: Path | None) -> None:
     """Writes what timm needs to build the network and to prepare images, and the options of the training."""
     args = checkpoint.args
-    model = timm.create_model(
+    model: Any = timm.create_model(
         args['model'], num_classes=args['num_classes'], in_chans=args['in_chans'], global_pool=args['gp'],
         **args['model_kwargs'])
     model.load_state_dict(checkpoint.weights(ema=False))

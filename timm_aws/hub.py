@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -31,7 +32,7 @@ _REASONS = {
 }
 
 # The base class of all errors of the HTTP library, which is another one in other releases of the client.
-_TRANSPORT_ERROR = HfHubHTTPError.__bases__[0]
+_TRANSPORT_ERROR: Any = HfHubHTTPError.__bases__[0]
 
 
 @dataclass(frozen=True)
@@ -74,29 +75,41 @@ def publish(
     """
     checkpoints.check_folder(folder)
     expected = _logits(folder)
-    with _plain_errors(repo_id):
-        api = HfApi(library_name='timm_aws')
-        if not get_token() and not dry_run:
-            raise RuntimeError('There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.')
+    api = HfApi(library_name='timm_aws')
+    url = f'{api.endpoint}/{repo_id}' + (f'/tree/{revision}' if revision else '')
+    if not get_token() and not dry_run:
+        raise RuntimeError('There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.')
+    with _plain_errors(repo_id, 'was not published'):
         upload = _missing(api, folder, repo_id, revision)
-        url = f'{api.endpoint}/{repo_id}' + (f'/tree/{revision}' if revision else '')
         if dry_run:
             return Publication(url, upload, None)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, folder / name) for name in upload],
-            commit_message=f'{folder.name}: {", ".join(upload)}',
-            revision=revision,
-        ).oid if upload else api.model_info(repo_id, revision=revision).sha
+        commit = _upload(api, folder, repo_id, upload, private, revision)
+    with _plain_errors(repo_id, 'was published, but could not be fetched back to be compared'):
         with tempfile.TemporaryDirectory() as empty_cache:
             fetched = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=empty_cache))
             _compare(folder, fetched, repo_id)
             if not torch.equal(expected, _logits(fetched)):
                 raise RuntimeError(f'{repo_id} as fetched from the Hub gives other logits than {folder}.')
     return Publication(url, upload, commit)
+
+
+def _upload(
+        api: HfApi,
+        folder: Path,
+        repo_id: str,
+        names: tuple[str, ...],
+        private: bool,
+        revision: str | None,
+) -> str:
+    """Makes repository and branch where there are none, commits the files, and returns the commit that has them all."""
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if not names:
+        return str(api.model_info(repo_id, revision=revision).sha)
+    operations = [CommitOperationAdd(name, folder / name) for name in names]
+    message = f'{folder.name}: {", ".join(names)}'
+    return api.create_commit(repo_id, operations, commit_message=message, revision=revision).oid
 
 
 def _missing(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> tuple[str, ...]:
@@ -123,26 +136,28 @@ def _compare(folder: Path, fetched: Path, repo_id: str) -> None:
 
 def _logits(folder: Path) -> torch.Tensor:
     """Computes the logits for one image of noise, always the same."""
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     image = torch.randn(1, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         return model(image)
 
 
 @contextlib.contextmanager
-def _plain_errors(repo_id: str) -> Iterator[None]:
+def _plain_errors(repo_id: str, outcome: str) -> Iterator[None]:
     """Says in one line what the Hub's client reports in many."""
     try:
         yield
     except HFValidationError as error:
         raise ValueError(f'repo_id {repo_id!r} is not of the form owner/name: {str(error).splitlines()[0]}') from error
     except (_TRANSPORT_ERROR, RuntimeError) as error:
-        refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__
-        if isinstance(refusal, HfHubHTTPError):
-            status = refusal.response.status_code
-            reason = _REASONS.get(status, f'the Hub failed with status {status}, run the command again later')
-        elif isinstance(error, RuntimeError) and refusal is None:
+        # The client reports a failed upload of a large file by a RuntimeError that the Hub's answer caused.
+        answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if isinstance(error, RuntimeError) and answer is None:
             raise
-        else:
-            reason = 'the connection to the Hub broke, run the command again'
-        raise RuntimeError(f'{repo_id} was not published: {reason}.') from error
+        reason = 'the connection to the Hub broke, run the command again'
+        if isinstance(answer, HfHubHTTPError):
+            status = answer.response.status_code
+            words = (answer.server_message or '').splitlines()
+            reason = _REASONS.get(status, f'the Hub failed with status {status}, run the command again later')
+            reason += f' (it says: {words[0]})' if words else ''
+        raise RuntimeError(f'{repo_id} {outcome}: {reason}.') from error

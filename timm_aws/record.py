@@ -7,6 +7,7 @@ import csv
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -52,7 +53,7 @@ class Recorder:
         self._writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         self._before: list[torch.Tensor] = []
         self._opened = False
-        self._events = None
+        self._events: Any = None
         self._hooks = [optimizer.register_step_pre_hook(self._begin), optimizer.register_step_post_hook(self._end)]
 
     def close(self) -> None:
