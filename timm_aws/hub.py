@@ -85,11 +85,7 @@ def publish(
             return Publication(url, upload, None)
         commit = _upload(api, folder, repo_id, upload, private, revision)
     with _plain_errors(repo_id, 'was published, but could not be fetched back to be compared'):
-        with tempfile.TemporaryDirectory() as empty_cache:
-            fetched = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=empty_cache))
-            _compare(folder, fetched, repo_id)
-            if not torch.equal(expected, _logits(fetched)):
-                raise RuntimeError(f'{repo_id} as fetched from the Hub gives other logits than {folder}.')
+        _compare(api, folder, repo_id, commit, expected)
     return Publication(url, upload, commit)
 
 
@@ -128,10 +124,16 @@ def _same(path: Path, remote) -> bool:
     return remote.blob_id == checkpoints.git_blob_id(path)
 
 
-def _compare(folder: Path, fetched: Path, repo_id: str) -> None:
-    for path in sorted(folder.iterdir()):
-        if not (fetched / path.name).is_file() or checkpoints.sha256(fetched / path.name) != checkpoints.sha256(path):
-            raise RuntimeError(f'{path.name} as fetched from {repo_id} is not the file in {folder}.')
+def _compare(api: HfApi, folder: Path, repo_id: str, commit: str, logits: torch.Tensor) -> None:
+    """Fetches a commit from the Hub; raises RuntimeError where it is not the folder."""
+    with tempfile.TemporaryDirectory() as empty_cache:
+        fetched = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=empty_cache))
+        for path in sorted(folder.iterdir()):
+            copy = fetched / path.name
+            if not copy.is_file() or checkpoints.sha256(copy) != checkpoints.sha256(path):
+                raise RuntimeError(f'{path.name} as fetched from {repo_id} is not the file in {folder}.')
+        if not torch.equal(logits, _logits(fetched)):
+            raise RuntimeError(f'{repo_id} as fetched from the Hub gives other logits than {folder}.')
 
 
 def _logits(folder: Path) -> torch.Tensor:
