@@ -90,6 +90,14 @@ def test_config_is_what_timm_reads(checkpoint_folder):
     assert cfg['pool_size'] == [2, 2]
 
 
+def test_images_may_be_of_another_size_than_in_training(train_run, tmp_path):
+    main(['export', str(train_run()), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit',
+          '--img-size', '64'])
+    config = json.loads((tmp_path / NAME / 'config.json').read_text())
+    assert config['pretrained_cfg']['input_size'] == [3, 64, 64]
+    assert yaml.safe_load((tmp_path / NAME / 'args.yaml').read_text())['img_size'] == 48
+
+
 def test_nothing_tells_of_the_machine_it_was_made_on(train_run, tmp_path):
     run = train_run()
     export(run, tmp_path / NAME, **SETTINGS)

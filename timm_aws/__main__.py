@@ -57,6 +57,8 @@ def _add_export(commands) -> None:
     export.add_argument('--ema', action=argparse.BooleanOptionalAction, default=None,
                         help='take the averaged weights, or do not; left out: those that validate better')
     export.add_argument('--labels', type=Path, help='a header, then a line a class: name, tab, description')
+    export.add_argument('--img-size', type=int, metavar='PIXELS', help='size of image to be used on, as in training if '
+                        'left out')
     export.add_argument('--data-dir', type=Path, help='folder of the images')
     export.add_argument('--validate', type=Path, metavar='VALIDATE.PY', help="timm's validate.py, to measure with")
     _add_traceback(export)
@@ -121,7 +123,7 @@ def _export(options: argparse.Namespace) -> None:
 
     results = export(
         options.source, options.out, dataset=options.dataset, license=options.license, ema=options.ema,
-        labels=options.labels, data_dir=options.data_dir, validate_py=options.validate)
+        labels=options.labels, img_size=options.img_size, data_dir=options.data_dir, validate_py=options.validate)
     found = f'{results["metrics"]["top1"]} % top-1' if 'metrics' in results else 'not validated'
     print(f'{options.out}: {found}, {results["weights"]["bytes"] / 2**20:.1f} MiB')
 

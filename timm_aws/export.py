@@ -1,5 +1,4 @@
 """From what timm's train.py leaves behind to a checkpoint folder that timm and the Hugging Face Hub read."""
-import argparse
 import csv
 import datetime
 import importlib.metadata
@@ -10,7 +9,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from timm.models import save_for_hf
 
 from . import checkpoints
 from .model_card import model_card
-from .shrink import filter_length
+from .train_run import Checkpoint, find_checkpoint, layers_of, load_checkpoint, stages_of
 
 __all__ = ['export']
 
@@ -31,35 +29,6 @@ __all__ = ['export']
 _PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume')
 # Half precision must not cost more of the top-1 accuracy than this, in points.
 _TOLERANCE = 0.05
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """A checkpoint of timm's train.py.
-
-    Attributes:
-        path: Its file.
-        args: Every option of train.py, by name.
-        content: What the file holds.
-    """
-    path: Path
-    args: dict[str, Any]
-    content: dict[str, Any]
-
-    @property
-    def run(self) -> Path:
-        return self.path.parent
-
-    @property
-    def epochs(self) -> int:
-        return self.content['epoch'] + 1
-
-    @property
-    def has_ema(self) -> bool:
-        return 'state_dict_ema' in self.content
-
-    def weights(self, ema: bool) -> dict[str, torch.Tensor]:
-        return self.content['state_dict_ema' if ema else 'state_dict']
 
 
 def export(
@@ -70,6 +39,7 @@ def export(
         license: str,
         ema: bool | None = None,
         labels: Path | None = None,
+        img_size: int | None = None,
         data_dir: Path | None = None,
         validate_py: Path | None = None,
 ) -> dict[str, Any]:
@@ -85,6 +55,7 @@ def export(
         license: Licence of the weights, by its SPDX identifier in lower case.
         ema: Take the averaged weights (True) or the last ones (False). None takes those that validate better.
         labels: File of a header and one line a class, in the order of the classifier: name, a tab, a description.
+        img_size: Height and width, pixels, of the images that the network is to be used on; None: as in training.
         data_dir: The images that the network was trained on, to count them and to validate on.
         validate_py: timm's validate.py, to measure with.
 
@@ -96,13 +67,13 @@ def export(
             labels and classes are not equal in number, if `ema` has to be chosen, or if half precision does harm.
         subprocess.CalledProcessError: If validate.py fails.
     """
-    checkpoint = _load(_find(source))
+    checkpoint = load_checkpoint(find_checkpoint(source))
     _check_name(out, checkpoint.args['model'])
     _check_choice(checkpoint, ema, data_dir, validate_py)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as aside:
         folder = Path(aside, out.name)
-        _write_config(checkpoint, folder, license, out.name.partition('.')[2], labels)
+        _write_config(checkpoint, folder, license, out.name.partition('.')[2], labels, img_size)
         full = {}
         if validate_py and data_dir:
             candidates = (False, True)[:1 + checkpoint.has_ema] if ema is None else (ema,)
@@ -121,28 +92,6 @@ def export(
     return results
 
 
-def _find(source: Path) -> Path:
-    candidates = [source / 'model_best.pth.tar', source / 'last.pth.tar'] if source.is_dir() else [source]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise ValueError(f"{source} is neither a checkpoint nor a folder of timm's train.py with {candidates[-1].name}.")
-
-
-def _load(path: Path) -> _Checkpoint:
-    path.open('rb').close()  # a file that may not be read is another matter than a damaged one
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch raises whatever the damage leads to
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f'{path} cannot be read as a checkpoint: {reason}') from error
-    if not (isinstance(content, dict) and isinstance(content.get('args'), argparse.Namespace)
-            and isinstance(content.get('state_dict'), dict)):
-        raise ValueError(f"{path} is not a checkpoint of timm's train.py: it needs args and state_dict.")
-    return _Checkpoint(path.resolve(), dict(vars(content['args'])), content)
-
-
 def _check_name(out: Path, architecture: str) -> None:
     name, _, tag = out.name.partition('.')
     if name != architecture or not tag:
@@ -152,7 +101,7 @@ def _check_name(out: Path, architecture: str) -> None:
         raise ValueError(f'{out} exists already: move it away, or export to another place.')
 
 
-def _check_choice(checkpoint: _Checkpoint, ema: bool | None, data_dir: Path | None, validate_py: Path | None) -> None:
+def _check_choice(checkpoint: Checkpoint, ema: bool | None, data_dir: Path | None, validate_py: Path | None) -> None:
     if validate_py and not data_dir:
         raise ValueError('validate_py needs data_dir, the folder of the images to validate on.')
     if ema and not checkpoint.has_ema:
@@ -164,14 +113,21 @@ def _check_choice(checkpoint: _Checkpoint, ema: bool | None, data_dir: Path | No
         )
 
 
-def _write_config(checkpoint: _Checkpoint, folder: Path, license: str, tag: str, labels: Path | None) -> None:
+def _write_config(
+        checkpoint: Checkpoint,
+        folder: Path,
+        license: str,
+        tag: str,
+        labels: Path | None,
+        img_size: int | None,
+) -> None:
     """Writes what timm needs to build the network and to prepare images, and the options of the training."""
     args = checkpoint.args
     model: Any = timm.create_model(
         args['model'], num_classes=args['num_classes'], in_chans=args['in_chans'], global_pool=args['gp'],
         **args['model_kwargs'])
     model.load_state_dict(checkpoint.weights(ema=False))
-    data = resolve_data_config(args, model=model)
+    data = resolve_data_config({**args, 'img_size': img_size or args['img_size']}, model=model)
     reduction = model.feature_info[-1]['reduction']
     model.pretrained_cfg = {
         **model.pretrained_cfg, **data, 'tag': tag, 'license': license,
@@ -191,7 +147,7 @@ def _labels(path: Path | None) -> dict[str, str]:
     return {name: words for name, _, words in (line.partition('\t') for line in lines)}
 
 
-def _write_weights(checkpoint: _Checkpoint, folder: Path, ema: bool) -> None:
+def _write_weights(checkpoint: Checkpoint, folder: Path, ema: bool) -> None:
     # Norms, biases and running statistics stay: they are small, and a variance may be too large for half precision.
     weights = {
         name: (weight.half() if weight.ndim >= 2 and weight.is_floating_point() else weight).contiguous()
@@ -206,7 +162,7 @@ def _write_weights(checkpoint: _Checkpoint, folder: Path, ema: bool) -> None:
 
 
 def _validate(
-        checkpoint: _Checkpoint,
+        checkpoint: Checkpoint,
         folder: Path,
         data_dir: Path,
         validate_py: Path,
@@ -239,7 +195,7 @@ def _check_half(full: dict[str, Any], half: dict[str, Any]) -> None:
 
 
 def _results(
-        checkpoint: _Checkpoint,
+        checkpoint: Checkpoint,
         folder: Path,
         dataset: str,
         ema: bool,
@@ -258,7 +214,7 @@ def _results(
             'ema': ema,
         },
         'train_py': {'epoch': checkpoint.epochs, args['eval_metric']: checkpoint.content.get('metric')},
-        'training': [_stage(args, stage, data_dir) for stage in _stages(checkpoint)],
+        'training': [_stage(args, stage, data_dir) for stage in stages_of(checkpoint)],
         'seed': args['seed'],
         'versions': {name: importlib.metadata.version(name) for name in ('timm_aws', 'timm', 'torch')},
         'hardware': _hardware(args['device']),
@@ -273,15 +229,7 @@ def _hardware(device: str) -> str:
     return f'{os.cpu_count()} cores, {platform.machine()} CPU'
 
 
-def _stages(checkpoint: _Checkpoint) -> list[_Checkpoint]:
-    """Follows --initial-checkpoint back: where each run that led to the checkpoint ended, the first first."""
-    stages = [checkpoint]
-    while (start := stages[0].args['initial_checkpoint']) and Path(start).is_file():
-        stages.insert(0, _load(Path(start)))
-    return stages
-
-
-def _stage(final: dict[str, Any], stage: _Checkpoint, data_dir: Path | None) -> dict[str, Any]:
+def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> dict[str, Any]:
     """Tells how one run is started again, given the args.yaml of the last one, and what it took."""
     args = stage.args
     other = {key: value for key, value in args.items() if key not in _PLACES and value != final[key]}
@@ -301,15 +249,15 @@ def _stage(final: dict[str, Any], stage: _Checkpoint, data_dir: Path | None) -> 
     return told
 
 
-def _write_effective_lr(checkpoint: _Checkpoint, folder: Path) -> None:
+def _write_effective_lr(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes the effective learning rate after each epoch whose checkpoint is still there, and draws it."""
     rows = []
     before = 0
-    for stage in _stages(checkpoint):
+    for stage in stages_of(checkpoint):
         for path in stage.run.glob('checkpoint-*.pth.tar'):
-            saved = _load(path)
+            saved = load_checkpoint(path)
             if saved.epochs <= stage.epochs:
-                rows += [(before + saved.epochs, *row) for row in _effective_lr(saved.content)]
+                rows += [(before + saved.epochs, *row) for row in layers_of(saved)]
         before += stage.epochs
     if not rows:
         return
@@ -319,16 +267,6 @@ def _write_effective_lr(checkpoint: _Checkpoint, folder: Path) -> None:
         # By epoch; the layers of one epoch stay in the network's order.
         csv.writer(file).writerows([('epoch', 'layer', 'lr', 'length'), *sorted(rows, key=lambda row: row[0])])
     plot_effective_lr(folder / checkpoints.CURVES, folder / checkpoints.PICTURE)
-
-
-def _effective_lr(content: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """Returns name, learning rate and median filter length of each normalized weight in a checkpoint."""
-    return [
-        (name, float(group['lr']),
-         float(f'{filter_length(content["state_dict"][name], group["normalization"]).median():.6g}'))
-        for group in content['optimizer']['param_groups'] if group.get('normalization') and 'param_names' in group
-        for name in group['param_names'] if content['state_dict'][name].ndim >= 2
-    ]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

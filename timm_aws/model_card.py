@@ -74,8 +74,8 @@ def _introduction(config: dict[str, Any], results: dict[str, Any]) -> str:
     return (
         f'# {results["name"]}\n\n'
         f'`{config["architecture"]}` of [timm](https://github.com/huggingface/pytorch-image-models) with the plugin '
-        f'timm_aws, trained from scratch on {results["dataset"]} at {height} × {width} pixels: '
-        f'{config["num_classes"]} classes, {results["weights"]["parameters"] / 1e6:.1f} million parameters.\n'
+        f'timm_aws, trained from scratch on {results["dataset"]}: {config["num_classes"]} classes, images of '
+        f'{height} × {width} pixels, {results["weights"]["parameters"] / 1e6:.1f} million parameters.\n'
     )
 
 

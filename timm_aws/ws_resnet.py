@@ -11,9 +11,10 @@ Papers:
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from .checkpoints import check_source, pretrained_cfg
 from .normalized_conv import normalize_convs
 
 __all__ = ['NormalizedResNet']  # register_model adds each entry point to this
@@ -35,6 +36,9 @@ class NormalizedResNet(ResNet):
 
 
 def _create_ws_resnet(variant: str, pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    if pretrained:
+        check_source(resolve_pretrained_cfg(
+            variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')))
     return build_model_with_cfg(NormalizedResNet, variant, pretrained, **kwargs)
 
 
@@ -51,9 +55,14 @@ def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'ws_resnet18.untrained': _cfg(),
+    # A checkpoint in front of .untrained*: the asterisk keeps the network as it is built from scratch the default.
+    'ws_resnet18.aws_tin200': pretrained_cfg('ws_resnet18.aws_tin200'),
+    'ws_resnet18.untrained*': _cfg(),
+    'ws_resnet18_aws': pretrained_cfg('ws_resnet18.aws_tin200'),
     'ws_resnet34.untrained': _cfg(),
-    'ws_resnet50.untrained': _cfg(),
+    'ws_resnet50.aws_tin200': pretrained_cfg('ws_resnet50.aws_tin200'),
+    'ws_resnet50.untrained*': _cfg(),
+    'ws_resnet50_aws': pretrained_cfg('ws_resnet50.aws_tin200'),
     'ws_resnet101.untrained': _cfg(),
     'ws_resnet152.untrained': _cfg(),
     'ws_resnext50.untrained': _cfg(),
@@ -74,6 +83,13 @@ def ws_resnet18(pretrained: bool = False, **kwargs) -> NormalizedResNet:
 
 
 @register_model
+def ws_resnet18_aws(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs ws_resnet18 as trained with AWS: `ws_resnet18.aws_tin200`, Tiny-ImageNet-200, 64 px."""
+    tag = kwargs.pop('pretrained_cfg', None) or 'aws_tin200'
+    return ws_resnet18(pretrained, pretrained_cfg=tag, **kwargs)
+
+
+@register_model
 def ws_resnet34(pretrained: bool = False, **kwargs) -> NormalizedResNet:
     """Constructs a ResNet-34 with Weight Standardization, the twin of timm's resnet34."""
     model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
@@ -85,6 +101,13 @@ def ws_resnet50(pretrained: bool = False, **kwargs) -> NormalizedResNet:
     """Constructs a ResNet-50 with Weight Standardization, the twin of timm's resnet50."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
     return _create_ws_resnet('ws_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ws_resnet50_aws(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+    """Constructs ws_resnet50 as trained with AWS: `ws_resnet50.aws_tin200`, Tiny-ImageNet-200, 64 px."""
+    tag = kwargs.pop('pretrained_cfg', None) or 'aws_tin200'
+    return ws_resnet50(pretrained, pretrained_cfg=tag, **kwargs)
 
 
 @register_model

@@ -1,0 +1,161 @@
+"""Reproduces the tables and figures of the paper at a scale that one machine can run.
+
+    python scripts/reproduce.py run all --preset cpu --data tiny-imagenet    # trains what is not yet there
+    python scripts/reproduce.py report --preset cpu                          # tables and figures from what is there
+
+`run` adds one line of JSON to scripts/results/reproduce_PRESET.jsonl for each finished training and can be stopped at
+any moment. Presets: `smoke`, made-up patterns and a few steps, to try the scripts (no --data); `cpu`, twenty classes of
+Tiny-ImageNet-200 at 32 px; `gpu`, forty classes and three seeds for table 3. reproduction/grid.py says what each table
+and figure is made of.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from reproduction import images as image_sets
+from reproduction.grid import EXPERIMENTS, PRESETS, Cell, Preset, cells_of
+from reproduction.images import Images
+from reproduction.training import train_cell
+from tqdm import tqdm
+
+import timm_aws
+
+RESULTS = Path(__file__).parent / 'results'
+_worker: dict[str, Any] = {}
+
+
+def read_lines(path: Path) -> dict[Cell, dict[str, Any]]:
+    """Reads the finished trainings; a last line that was cut off is none."""
+    lines = {}
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        lines[cell_of(line)] = line
+    return lines
+
+
+def cell_of(line: dict[str, Any]) -> Cell:
+    """Returns what a line is the result of."""
+    return Cell(**{field.name: line[field.name] for field in fields(Cell)})
+
+
+def _final(line: dict[str, Any]) -> float:
+    return line['val_accuracy'][-1] if line['first_nonfinite_step'] is None else 0.
+
+
+def pending(experiments: list[str], preset: Preset, seeds: int, lines: dict[Cell, dict[str, Any]]) -> list[Cell]:
+    """Lists what is still to be trained, as far as it is known now."""
+    accuracy = {cell: _final(line) for cell, line in lines.items()}
+    cells = dict.fromkeys(cell for name in experiments for cell in cells_of(name, preset, seeds, accuracy))
+    return [cell for cell in cells if cell not in lines]
+
+
+def _start_worker(images: Images, preset: Preset, device: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _worker.update(images=images.to(device), preset=preset)
+
+
+def _work(cell: Cell) -> dict[str, Any]:
+    return train_cell(cell, _worker['preset'], _worker['images'])
+
+
+def run_cells(cells: list[Cell], pool: ProcessPoolExecutor) -> Iterator[dict[str, Any]]:
+    """Trains several cells at a time and yields what came of each, as they finish."""
+    futures = [pool.submit(_work, cell) for cell in cells]
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains what is not yet there, and writes a line for each."""
+    preset = PRESETS[options.preset]
+    experiments = list(EXPERIMENTS) if options.experiment == 'all' else [options.experiment]
+    images = image_sets.load(options.data, preset.every, preset.image_size) if preset.every else image_sets.patterns(
+        preset.image_size)
+    about = _about(options, images)
+    path = options.out / f'reproduce_{options.preset}.jsonl'
+    lines = read_lines(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines.values()))
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    with ProcessPoolExecutor(
+            options.jobs, multiprocessing.get_context('spawn'), _start_worker,
+            (images.share(), preset, options.device, threads)) as pool, tqdm(unit='training') as progress:
+        # Again and again, as the policies' best strengths are known only after their tuning.
+        while cells := pending(experiments, preset, options.seeds, lines):
+            progress.total = progress.n + len(cells)
+            for result in run_cells(cells, pool):
+                line = {**result, **about}
+                lines[cell_of(line)] = line
+                with path.open('a') as file:
+                    file.write(json.dumps(line) + '\n')
+                progress.update()
+
+
+def _about(options: argparse.Namespace, images: Images) -> dict[str, Any]:
+    commit = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True,
+                            cwd=Path(__file__).parent).stdout.strip()
+    hardware = torch.cuda.get_device_name() if options.device.startswith('cuda') else (
+        f'{os.cpu_count()} cores, {platform.machine()} CPU')
+    return {
+        'dataset': images.name, 'num_classes': images.num_classes, 'preset': options.preset, 'commit': commit,
+        'hardware': hardware,
+        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'timm_aws': timm_aws.__version__},
+    }
+
+
+def report(options: argparse.Namespace) -> None:
+    """Writes the tables and draws the figures of a preset."""
+    from reproduction.report import figures, tables  # needs matplotlib
+
+    lines = read_lines(options.out / f'reproduce_{options.preset}.jsonl')
+    path = options.out / f'reproduce_{options.preset}.md'
+    path.write_text(tables(lines, PRESETS[options.preset]))
+    folder = options.out / f'reproduce_{options.preset}'
+    folder.mkdir(exist_ok=True)
+    for picture in [path, *figures(lines, PRESETS[options.preset], folder)]:
+        print(picture)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    run_parser = commands.add_parser('run', help='train what is not yet there')
+    run_parser.add_argument('experiment', choices=[*EXPERIMENTS, 'all'])
+    run_parser.add_argument('--data', type=Path, help='folder of Tiny-ImageNet-200')
+    run_parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    run_parser.add_argument('--seeds', type=int, help='seeds of table 3')
+    run_parser.add_argument('--jobs', type=int, help='trainings at a time')
+    run_parser.set_defaults(command=run)
+    report_parser = commands.add_parser('report', help='write tables and figures from the lines that are there')
+    report_parser.set_defaults(command=report)
+    for command in (run_parser, report_parser):
+        command.add_argument('--preset', choices=PRESETS, default='cpu')
+        command.add_argument('--out', type=Path, default=RESULTS, help='folder of the results')
+    options = parser.parse_args()
+    if options.command is run:
+        if PRESETS[options.preset].every and not options.data:
+            parser.error(f'the preset {options.preset} needs --data, the folder of Tiny-ImageNet-200')
+        options.jobs = options.jobs or (8 if options.device.startswith('cuda') else os.cpu_count() or 1)
+        options.seeds = options.seeds or (3 if options.preset == 'gpu' else 1)
+    options.command(options)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,200 @@
+"""Which trainings each table and figure is made of.
+
+The networks are those of the paper at a small scale: resnet10 has one basic block a stage and half the width, the
+others have the depth of their namesakes and an eighth of the width.
+"""
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from timm.models.resnet import BasicBlock, Bottleneck
+
+__all__ = ['EXPERIMENTS', 'NETWORKS', 'PRESETS', 'Cell', 'Preset', 'cells_of', 'tuned_strength']
+
+_DEEP: dict[str, Any] = {'block': Bottleneck, 'channels': (8, 16, 32, 64), 'stem_width': 32}
+_NEXT: dict[str, Any] = {**_DEEP, 'cardinality': 8, 'base_width': 16}
+_SE: dict[str, Any] = {**_DEEP, 'block_args': {'attn_layer': 'se'}}
+NETWORKS: dict[str, dict[str, Any]] = {
+    'resnet10': {'block': BasicBlock, 'layers': (1, 1, 1, 1), 'channels': (32, 64, 128, 256)},
+    'resnet50': {**_DEEP, 'layers': (3, 4, 6, 3)},
+    'resnet101': {**_DEEP, 'layers': (3, 4, 23, 3)},
+    'resnext50': {**_NEXT, 'layers': (3, 4, 6, 3)},
+    'resnext101': {**_NEXT, 'layers': (3, 4, 23, 3)},
+    'seresnet50': {**_SE, 'layers': (3, 4, 6, 3)},
+    'seresnet101': {**_SE, 'layers': (3, 4, 23, 3)},
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How large everything is.
+
+    Attributes:
+        image_size: Height and width, pixels.
+        every: Every so many-th class of Tiny-ImageNet-200; 0 for made-up patterns.
+        epochs: Epochs of each training; the learning rate is divided by 10 after 30, 60 and 90 % of them.
+        batch_size: Images a step.
+        thin: Take every so many-th value of each sweep, ends included.
+        backbones: Networks of table 3.
+    """
+    image_size: int
+    every: int
+    epochs: int
+    batch_size: int
+    thin: int
+    backbones: tuple[str, ...]
+
+
+_ALL_BACKBONES = tuple(name for name in NETWORKS if name != 'resnet10')
+PRESETS = {
+    'smoke': Preset(image_size=16, every=0, epochs=2, batch_size=128, thin=6, backbones=('resnet50',)),
+    'cpu': Preset(image_size=32, every=10, epochs=10, batch_size=128, thin=1, backbones=_ALL_BACKBONES),
+    'gpu': Preset(image_size=32, every=5, epochs=10, batch_size=128, thin=1, backbones=_ALL_BACKBONES),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training.
+
+    Attributes:
+        network: Key of NETWORKS.
+        normalization: 'none', 'ws' or 'wn'.
+        rule: Key of rules.RULES.
+        lr: Learning rate at the start.
+        strength: Weight decay or alpha.
+        scale: What the convolutions' initialization is multiplied by.
+        seed: Seed of initialization, order and augmentation.
+    """
+    network: str
+    normalization: str
+    rule: str
+    lr: float
+    strength: float
+    scale: float = 1.
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+SGD_LR, ADAM_LR = 0.1, 1e-3
+DECAYS = (0., 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.)
+ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.)
+ADAM_DECAYS = (0., 1e-3, 1e-2, 1e-1, 1., 10., 100.)
+SCALES = (0.01, 1., 20., 100.)
+POLICIES = ('none', 'l2', 'sgdw', 'shifted', 'sgdp', 'sgdc', 'aws', 'aws_decoupled')
+# Equal tuning budget: four strengths each, a decade apart, around what the rule's authors recommend at this length of
+# training; for decoupled decay ten times those of coupled decay, as momentum no longer multiplies it.
+BUDGET = {
+    'none': (0.,),
+    'l2': (1e-4, 1e-3, 1e-2, 1e-1),
+    'sgdw': (1e-3, 1e-2, 1e-1, 1.),
+    'shifted': (1e-4, 1e-3, 1e-2, 1e-1),
+    'sgdp': (1e-4, 1e-3, 1e-2, 1e-1),
+    'sgdc': (1e-3, 1e-2, 1e-1, 1.),
+    'aws': (1e-3, 1e-2, 1e-1, 1.),
+    'aws_decoupled': (1e-2, 1e-1, 1., 10.),
+}
+POLICY_LRS = (0.01, 0.1, 1.)
+POLICY_SCALES = (0.01, 1., 100.)
+# Where the paper has weight decay 1e-4 over ImageNet's 450,000 steps; the same share of decay over this many steps.
+TYPICAL_DECAY, TYPICAL_ALPHA = 1e-2, 0.25
+
+
+def _thin(values: tuple[float, ...], step: int) -> tuple[float, ...]:
+    return tuple(sorted({*values[::step], values[-1]}))
+
+
+def _table1(preset: Preset) -> Iterable[Cell]:
+    for decay in _thin(DECAYS, preset.thin):
+        yield Cell('resnet10', 'ws', 'l2', SGD_LR, decay)
+        yield Cell('resnet10', 'none', 'l2', SGD_LR, decay)
+        yield Cell('resnet10', 'ws', 'adam', ADAM_LR, decay)
+    for decay in _thin(ADAM_DECAYS, preset.thin):
+        yield Cell('resnet10', 'ws', 'adamw', ADAM_LR, decay)
+
+
+def _table2(preset: Preset) -> Iterable[Cell]:
+    for alpha in _thin(ALPHAS, preset.thin):
+        for normalization in ('ws', 'wn'):
+            for rule in ('aws', 'aws_decoupled'):
+                yield Cell('resnet10', normalization, rule, SGD_LR, alpha)
+            for rule in ('aws_adam', 'aws_adam_coupled'):
+                yield Cell('resnet10', normalization, rule, ADAM_LR, alpha)
+
+
+def _table3(preset: Preset, seeds: int) -> Iterable[Cell]:
+    for network in preset.backbones:
+        for seed in range(seeds):
+            yield Cell(network, 'none', 'l2', SGD_LR, TYPICAL_DECAY, seed=seed)
+            yield Cell(network, 'ws', 'l2', SGD_LR, TYPICAL_DECAY, seed=seed)
+            yield Cell(network, 'ws', 'aws', SGD_LR, TYPICAL_ALPHA, seed=seed)
+
+
+def _decay_or_none() -> Iterable[Cell]:
+    yield Cell('resnet10', 'ws', 'l2', SGD_LR, 0.)
+    yield Cell('resnet10', 'ws', 'l2', SGD_LR, TYPICAL_DECAY)
+
+
+def _aws() -> Iterable[Cell]:
+    yield Cell('resnet10', 'ws', 'aws', SGD_LR, TYPICAL_ALPHA)
+
+
+def _initializations(rule: str, strength: float) -> Iterable[Cell]:
+    for scale in SCALES:
+        yield Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)
+
+
+def _tuning(preset: Preset) -> Iterable[Cell]:
+    for rule in POLICIES:
+        for strength in _thin(BUDGET[rule], preset.thin):
+            yield Cell('resnet10', 'ws', rule, SGD_LR, strength)
+
+
+def tuned_strength(rule: str, preset: Preset, accuracy: dict[Cell, float]) -> float | None:
+    """Returns the strength with the best accuracy at the usual learning rate and scale; None before all are known."""
+    cells = [cell for cell in _tuning(preset) if cell.rule == rule]
+    if not all(cell in accuracy for cell in cells):
+        return None
+    return max(cells, key=lambda cell: accuracy[cell]).strength
+
+
+def _policies(preset: Preset, accuracy: dict[Cell, float]) -> Iterable[Cell]:
+    yield from _tuning(preset)
+    for rule in POLICIES:
+        strength = tuned_strength(rule, preset, accuracy)
+        if strength is not None:
+            for lr in _thin(POLICY_LRS, preset.thin):
+                for scale in _thin(POLICY_SCALES, preset.thin):
+                    yield Cell('resnet10', 'ws', rule, lr, strength, scale)
+
+
+EXPERIMENTS = ('table1', 'table2', 'table3', 'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies')
+
+
+def cells_of(experiment: str, preset: Preset, seeds: int, accuracy: dict[Cell, float]) -> list[Cell]:
+    """Lists the trainings of one table or figure, those of others among them where they are the same.
+
+    Args:
+        experiment: One of EXPERIMENTS.
+        preset: How large everything is.
+        seeds: Seeds of table 3.
+        accuracy: Validation accuracy of the trainings that are done. The policies are tuned first: what follows from
+            their best strengths is listed once these are known.
+
+    Returns:
+        The trainings, each once.
+    """
+    made = {
+        'table1': lambda: _table1(preset),
+        'table2': lambda: _table2(preset),
+        'table3': lambda: _table3(preset, seeds),
+        'fig1': _decay_or_none,
+        'fig2': _decay_or_none,
+        'fig4': _aws,
+        'fig5': lambda: _initializations('l2', TYPICAL_DECAY),
+        'fig6': lambda: _initializations('aws', TYPICAL_ALPHA),
+        'policies': lambda: _policies(preset, accuracy),
+    }[experiment]()
+    return list(dict.fromkeys(made))

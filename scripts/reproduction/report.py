@@ -1,0 +1,299 @@
+"""Tables and figures from the lines of finished trainings alone; one that failed is shown as what it is."""
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from .grid import (
+    ADAM_LR,
+    POLICIES,
+    POLICY_LRS,
+    POLICY_SCALES,
+    SCALES,
+    SGD_LR,
+    TYPICAL_ALPHA,
+    TYPICAL_DECAY,
+    Cell,
+    Preset,
+    tuned_strength,
+)
+from .rules import RULES
+
+__all__ = ['figures', 'tables']
+
+Lines = dict[Cell, dict[str, Any]]
+
+# Top-1 on ImageNet-1k in percent, from Tables 1 to 3 of the paper; None: the training failed.
+_PAPER_1 = {
+    1e-2: (None, None, 47.67), 1e-3: (None, None, 74.12), 1e-4: (76.74, None, 76.54), 1e-5: (74.70, None, 74.80)}
+_PAPER_2 = {
+    1e-1: (72.15, 71.02, 70.64, 70.15), 1e-2: (76.35, 71.85, 72.02, 71.63), 1e-3: (75.93, 72.54, 75.76, 72.31),
+    1e-4: (74.37, 72.55, 76.63, 72.34), 1e-5: (73.23, 72.65, 75.48, 72.40)}
+_PAPER_3 = {
+    'resnet50': (76.54, 76.74, 76.59), 'resnet101': (78.17, 78.07, 78.14), 'resnext50': (77.64, 77.76, 77.71),
+    'resnext101': (78.71, 78.68, 78.74), 'seresnet50': (77.55, 77.78, 77.68), 'seresnet101': (78.43, 78.65, 78.50)}
+# 5,005 steps an epoch, lr 0.1 for 30 epochs, 0.01 for 30, 0.001 for 30, 0.0001 for 10, momentum 0.9.
+_PAPER_EXPONENT = 5005 * (30 * 0.1 + 30 * 0.01 + 30 * 0.001 + 10 * 0.0001) / (1 - 0.9)
+
+_COLORS = ('#0072B2', '#D55E00', '#009E73', '#000000')  # Okabe and Ito, safe for the colour blind
+
+
+def final_accuracy(line: dict[str, Any]) -> float:
+    """Returns the validation accuracy at the end in percent; that of chance for a training that did not get there."""
+    return line['val_accuracy'][-1] if line['first_nonfinite_step'] is None else 100 / line['num_classes']
+
+
+def _failed(line: dict[str, Any]) -> bool:
+    return line['first_nonfinite_step'] is not None or final_accuracy(line) < 1.5 * 100 / line['num_classes']
+
+
+def _told(line: dict[str, Any] | None) -> str:
+    if line is None:
+        return 'not run'
+    if line['first_nonfinite_step'] is not None:
+        return f'**not finite** (step {line["first_nonfinite_step"]})'
+    accuracy = f'{line["val_accuracy"][-1]:.1f}'
+    return f'**{accuracy}** (chance)' if _failed(line) else accuracy
+
+
+def _paper(value: float | None) -> str:
+    return '**fails**' if value is None else f'{value:.2f}'
+
+
+def _markdown(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [' | '.join(head), *(' | '.join(row) for row in rows)]
+    rule = '|' + '---|' * len(lines[0].split(' | '))
+    return '\n'.join([f'## {title}', '', f'| {lines[0]} |', rule, *(f'| {line} |' for line in lines[1:]), ''])
+
+
+def tables(lines: Lines, preset: Preset) -> str:
+    """Writes every table.
+
+    Args:
+        lines: The finished trainings.
+        preset: Their preset.
+
+    Returns:
+        Markdown, the same for the same lines.
+    """
+    if not lines:
+        return 'No training has been run.\n'
+    first = next(iter(lines.values()))
+    about = (
+        f'Validation accuracy in percent at the end of training on {first["dataset"]}; chance is '
+        f'{100 / first["num_classes"]:.1f} %. {len(lines)} trainings of {preset.epochs} epochs, '
+        f'{sum(_failed(line) for line in lines.values())} of which failed: a loss or weight that is not finite, or an '
+        f'accuracy below one and a half times chance. {first["hardware"]}; {_versions(lines)}.\n'
+    )
+    return '\n'.join([about, _table1(lines), _table2(lines), _table3(lines), _spread(lines), _policies(lines, preset)])
+
+
+def _versions(lines: Lines) -> str:
+    return '; '.join(sorted({', '.join(f'{name} {version}' for name, version in line['versions'].items())
+                             for line in lines.values()}))
+
+
+def _table1(lines: Lines) -> str:
+    columns = (('ws', 'l2', SGD_LR), ('ws', 'adam', ADAM_LR), ('ws', 'adamw', ADAM_LR), ('none', 'l2', SGD_LR))
+    decays = sorted({cell.strength for cell in lines if (cell.normalization, cell.rule, cell.lr) in columns
+                     and cell.network == 'resnet10' and cell.scale == 1})
+
+    def row(decay: float) -> list[str]:
+        ours = [lines.get(Cell('resnet10', normalization, rule, lr, decay)) for normalization, rule, lr in columns]
+        exponents = [line['decay_exponent'] for line in ours if line and line['rule'] == 'l2']
+        paper = _PAPER_1.get(decay)
+        theirs = map(_paper, paper) if paper else [''] * 3
+        return [f'{decay:g}', f'{exponents[0]:.3g}' if exponents else '', *map(_told, ours),
+                f'{decay * _PAPER_EXPONENT:.3g}' if paper else '', *theirs]
+
+    return _markdown(
+        'Table 1: weight decay on standardized weights',
+        ('weight decay', 'decay exponent, SGD', 'WS, SGD', 'WS, Adam (L2)', 'WS, AdamW', 'SGD, no WS',
+         'paper: decay exponent, SGD', 'paper: WS, SGD', 'paper: WS, Adam', 'paper: SGD, no WS'),
+        map(row, decays))
+
+
+def _table2(lines: Lines) -> str:
+    columns = [(normalization, rule, lr) for normalization in ('ws', 'wn') for rule, lr in (
+        ('aws', SGD_LR), ('aws_decoupled', SGD_LR), ('aws_adam', ADAM_LR), ('aws_adam_coupled', ADAM_LR))]
+    alphas = sorted({cell.strength for cell in lines if (cell.normalization, cell.rule, cell.lr) in columns
+                     and cell.network == 'resnet10' and cell.scale == 1})
+
+    def row(alpha: float) -> list[str]:
+        ours = [lines.get(Cell('resnet10', normalization, rule, lr, alpha)) for normalization, rule, lr in columns]
+        theirs = map(_paper, _PAPER_2[alpha]) if alpha in _PAPER_2 else [''] * 4
+        return [f'{alpha:g}', *map(_told, ours), *theirs]
+
+    titles = [f'{normalization.upper()}, {title}' for normalization in ('ws', 'wn') for title in (
+        'SGD coupled', 'SGD decoupled', 'Adam decoupled', 'Adam coupled')]
+    return _markdown(
+        'Table 2: AWS, alpha', ('alpha', *titles, *(f'paper: {t}' for t in ('WS SGD', 'WS Adam', 'WN SGD', 'WN Adam'))),
+        map(row, alphas))
+
+
+def _table3(lines: Lines) -> str:
+    columns = (('none', 'l2', TYPICAL_DECAY), ('ws', 'l2', TYPICAL_DECAY), ('ws', 'aws', TYPICAL_ALPHA))
+
+    def told(network: str, normalization: str, rule: str, strength: float) -> str:
+        found = [line for cell, line in lines.items() if (cell.network, cell.normalization, cell.rule, cell.strength)
+                 == (network, normalization, rule, strength) and cell.scale == 1 and cell.lr == SGD_LR]
+        values = [final_accuracy(line) for line in found]
+        if len(values) < 2 or any(map(_failed, found)):
+            return ', '.join(map(_told, found)) or 'not run'
+        return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} seeds)'
+
+    return _markdown(
+        'Table 3: networks',
+        ('network', 'baseline', 'WS + WD', 'WS + AWS', 'paper: baseline', 'paper: WS + WD', 'paper: WS + AWS'),
+        ([network, *(told(network, *column) for column in columns), *map(_paper, paper)]
+         for network, paper in _PAPER_3.items()))
+
+
+def _spread(lines: Lines) -> str:
+    def row(rule: str, strength: float) -> list[str]:
+        found = [lines.get(Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)) for scale in SCALES]
+        values = [final_accuracy(line) for line in found if line]
+        spread = f'{max(values) - min(values):.1f}' if len(values) > 1 else ''
+        return [f'{RULES[rule].title}, {strength:g}', *map(_told, found), spread]
+
+    return _markdown(
+        'Figures 5 and 6: initialization times', ('rule', *(f'{scale:g}' for scale in SCALES), 'spread, points'),
+        [row('l2', TYPICAL_DECAY), row('aws', TYPICAL_ALPHA)])
+
+
+def _policies(lines: Lines, preset: Preset) -> str:
+    accuracy = {cell: final_accuracy(line) for cell, line in lines.items()}
+
+    def row(rule: str) -> list[str]:
+        strength = tuned_strength(rule, preset, accuracy)
+        if strength is None:
+            return [RULES[rule].title, *['not run'] * 5]
+        found = _square(lines, rule, strength)
+        values = [final_accuracy(line) for line in found if line]
+        best = lines.get(Cell('resnet10', 'ws', rule, SGD_LR, strength))
+        failed = sum(_failed(line) for line in found if line)
+        return [RULES[rule].title, f'{strength:g}', _told(best), f'{statistics.mean(values):.1f}' if values else '',
+                f'{min(values):.1f}' if values else '', f'{failed} of {len(values)}']
+
+    return _markdown(
+        'Policies: learning rate times initialization scale',
+        ('rule', 'best strength', f'at lr {SGD_LR:g}, scale 1', 'mean over the square', 'worst', 'failed'),
+        map(row, POLICIES))
+
+
+def _square(lines: Lines, rule: str, strength: float) -> list[dict[str, Any] | None]:
+    return [
+        lines.get(Cell('resnet10', 'ws', rule, lr, strength, scale)) for lr in POLICY_LRS for scale in POLICY_SCALES]
+
+
+def figures(lines: Lines, preset: Preset, folder: Path) -> list[Path]:
+    """Draws every figure whose trainings are there, as PNG and SVG.
+
+    Args:
+        lines: The finished trainings.
+        preset: Their preset.
+        folder: Where to put them.
+
+    Returns:
+        The files.
+    """
+    drawn = {
+        'fig1': _fig1(lines), 'fig2': _effective_lrs(lines, (('l2', 0.), ('l2', TYPICAL_DECAY))),
+        'fig4': _effective_lrs(lines, (('aws', TYPICAL_ALPHA),)),
+        'fig5': _fig56(lines, 'l2', TYPICAL_DECAY), 'fig6': _fig56(lines, 'aws', TYPICAL_ALPHA),
+        'policies': _heat_maps(lines, preset),
+    }
+    paths = []
+    for name, figure in drawn.items():
+        if figure is not None:
+            for suffix, options in (('.png', {'dpi': 150}), ('.svg', {'metadata': {'Date': None}})):
+                paths.append(folder / f'{name}{suffix}')
+                figure.savefig(paths[-1], **options)
+    return paths
+
+
+def _fig1(lines: Lines) -> Figure | None:
+    found = [(decay, lines.get(Cell('resnet10', 'ws', 'l2', SGD_LR, decay))) for decay in (0., TYPICAL_DECAY)]
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    panel = figure.subplots()
+    for color, (decay, line) in zip(_COLORS, found):
+        if line is None:
+            return None
+        _curve(panel, line['train_accuracy'], color, f'λ = {decay:g}')
+    panel.set(xlabel='epoch', ylabel='train accuracy, %')
+    panel.legend()
+    return figure
+
+
+def _curve(panel: Axes, values: list[float], color: str, label: str, **style: Any) -> None:
+    panel.plot(range(1, len(values) + 1), values, color=color, label=label, **style)
+    panel.grid(alpha=0.3)
+
+
+def _effective_lrs(lines: Lines, rules: tuple[tuple[str, float], ...]) -> Figure | None:
+    found = [lines.get(Cell('resnet10', 'ws', rule, SGD_LR, strength)) for rule, strength in rules]
+    if not all(found):
+        return None
+    figure = Figure(figsize=(1 + 4.5 * len(rules), 4), layout='constrained')
+    panels = figure.subplots(1, len(rules), squeeze=False, sharey=True)[0]
+    colors = colormaps['viridis']  # even in lightness, so it reads without colours too
+    for panel, line, (rule, strength) in zip(panels, found, rules):
+        for index, rates in enumerate(zip(*line['effective_lr'])):
+            _curve(panel, rates, colors(index / max(1, len(line['layers']) - 1)), '')
+        panel.set(title=f'{RULES[rule].title}, {strength:g}', xlabel='epoch', yscale='log')
+    panels[0].set_ylabel('effective learning rate, lr / std')
+    bar = figure.colorbar(ScalarMappable(cmap=colors), ax=panels, ticks=[0, 1])
+    bar.ax.set_yticklabels(['first layer', 'last layer'])
+    return figure
+
+
+def _fig56(lines: Lines, rule: str, strength: float) -> Figure | None:
+    found = {scale: lines.get(Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)) for scale in SCALES}
+    if not all(found.values()):
+        return None
+    figure = Figure(figsize=(9, 4), layout='constrained')
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, kind in zip(panels, ('train', 'val')):
+        for color, (scale, line) in zip(_COLORS, found.items()):
+            failed = ', not finite' if line['first_nonfinite_step'] is not None else ''
+            _curve(panel, line[f'{kind}_accuracy'], color, f'initialization × {scale:g}{failed}', marker='.')
+        panel.set(xlabel='epoch', ylabel=f'{kind} accuracy, %', title=f'{RULES[rule].title}, {strength:g}')
+    panels[0].legend()
+    return figure
+
+
+def _heat_maps(lines: Lines, preset: Preset) -> Figure | None:
+    accuracy = {cell: final_accuracy(line) for cell, line in lines.items()}
+    strengths = {rule: tuned_strength(rule, preset, accuracy) for rule in POLICIES}
+    if None in strengths.values():
+        return None
+    figure = Figure(figsize=(11, 5.5), layout='constrained')
+    panels = figure.subplots(2, -(-len(POLICIES) // 2), sharex=True, sharey=True)
+    shade = Normalize(0, max(accuracy.values()))
+    colors = colormaps['cividis']
+    for panel, (rule, strength) in zip(panels.flat, strengths.items()):
+        _heat_map(panel, _square(lines, rule, strength), colors, shade)
+        panel.set_title(f'{RULES[rule].title}' + (f', {strength:g}' if strength else ''), fontsize=10)
+    figure.colorbar(ScalarMappable(shade, colors), ax=panels, label='validation accuracy, %')
+    figure.supxlabel('initialization times')
+    figure.supylabel('learning rate')
+    return figure
+
+
+def _heat_map(panel: Axes, cells: list[dict[str, Any] | None], colors: Any, shade: Normalize) -> None:
+    width = len(POLICY_SCALES)
+    values = [[final_accuracy(line) if line else float('nan') for line in cells[start:start + width]]
+              for start in range(0, len(cells), width)]
+    panel.imshow(values, cmap=colors, norm=shade, origin='lower', aspect='auto')
+    for index, line in enumerate(cells):
+        text = '' if line is None else 'fails' if _failed(line) else f'{final_accuracy(line):.0f}'
+        color = 'white' if line is None or shade(final_accuracy(line)) < 0.6 else 'black'
+        panel.text(index % width, index // width, text, ha='center', va='center', color=color)
+    panel.set_xticks(range(width), [f'{scale:g}' for scale in POLICY_SCALES])
+    panel.set_yticks(range(len(POLICY_LRS)), [f'{lr:g}' for lr in POLICY_LRS])

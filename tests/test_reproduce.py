@@ -1,0 +1,142 @@
+"""scripts/reproduce.py: every experiment at its smallest, resuming, the report, and the rules that are compared."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parent.parent / 'scripts'
+sys.path.insert(0, str(SCRIPTS))
+
+from reproduce import cell_of, pending, read_lines  # noqa: E402
+from reproduction.grid import EXPERIMENTS, PRESETS, Cell, cells_of  # noqa: E402
+from reproduction.images import augment, patterns  # noqa: E402
+from reproduction.rules import RULES, make_optimizer  # noqa: E402
+from reproduction.training import train_cell  # noqa: E402
+
+from timm_aws.ws_resnet import NormalizedResNet  # noqa: E402
+
+
+def reproduce(*args):
+    return subprocess.run([sys.executable, str(SCRIPTS / 'reproduce.py'), *map(str, args)], capture_output=True,
+                          text=True, check=True).stdout
+
+
+def report_of(folder):
+    pytest.importorskip('matplotlib')
+    paths = reproduce('report', '--preset', 'smoke', '--out', folder).split()
+    return {Path(path).name: Path(path).read_bytes() for path in paths}
+
+
+def test_smoke_runs_everything_and_goes_on_where_it_was_cut_off(tmp_path):
+    reproduce('run', 'all', '--preset', 'smoke', '--out', tmp_path)
+    path = tmp_path / 'reproduce_smoke.jsonl'
+    lines = read_lines(path)
+    assert pending(list(EXPERIMENTS), PRESETS['smoke'], 1, lines) == []
+    before = report_of(tmp_path)
+    assert set(before) == {'reproduce_smoke.md', *(f'{name}.{suffix}' for suffix in ('png', 'svg') for name in (
+        'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies'))}
+    assert report_of(tmp_path) == before, 'the same lines make the same report, byte for byte'
+    texts = path.read_text().splitlines(keepends=True)
+    path.write_text(''.join(texts[:-2]) + texts[-2][:100])  # two are missing, the first of them was being written
+    reproduce('run', 'all', '--preset', 'smoke', '--out', tmp_path)
+    again = read_lines(path)
+    assert again.keys() == lines.keys()
+    for cell, line in again.items():
+        assert {**line, 'seconds': 0} == {**lines[cell], 'seconds': 0}
+
+
+def test_failed_training_is_a_result():
+    cell = Cell('resnet10', 'ws', 'l2', 1e4, 1.)
+    record = train_cell(cell, PRESETS['smoke'], patterns(16))
+    assert record['first_nonfinite_step'] is not None
+    assert cell_of(json.loads(json.dumps(record))) == cell
+    assert len(record['val_accuracy']) < PRESETS['smoke'].epochs
+
+
+def test_same_cell_trains_the_same():
+    cell = Cell('resnet10', 'wn', 'aws', 0.1, 0.1)
+    first, second = (train_cell(cell, PRESETS['smoke'], patterns(16)) for _ in range(2))
+    assert {**first, 'seconds': 0} == {**second, 'seconds': 0}
+    assert len(first['effective_lr']) == len(first['lengths']) == PRESETS['smoke'].epochs
+
+
+@pytest.mark.parametrize('preset', ['smoke', 'cpu', 'gpu'])
+@pytest.mark.parametrize('experiment', EXPERIMENTS)
+def test_no_cell_is_listed_twice_and_every_rule_is_known(preset, experiment):
+    cells = cells_of(experiment, PRESETS[preset], 2, {})
+    assert len(cells) == len(set(cells)) > 0
+    assert {cell.rule for cell in cells} <= set(RULES)
+
+
+def test_policies_are_tuned_before_they_are_compared():
+    preset = PRESETS['cpu']
+    tuning = cells_of('policies', preset, 1, {})
+    accuracy = dict.fromkeys(tuning, 10.0)
+    accuracy[next(cell for cell in tuning if (cell.rule, cell.strength) == ('aws', 1e-2))] = 20.
+    square = [cell for cell in cells_of('policies', preset, 1, accuracy) if cell not in tuning and cell.rule == 'aws']
+    assert {cell.strength for cell in square} == {1e-2}
+    assert {(cell.lr, cell.scale) for cell in square} == {
+        (lr, scale) for lr in (0.01, 0.1, 1.) for scale in (0.01, 1., 100.)} - {(0.1, 1.)}
+
+
+def test_exponent_of_the_decay_is_the_sum_of_its_shares():
+    record = train_cell(Cell('resnet10', 'ws', 'l2', 0.1, 0.5), PRESETS['smoke'], patterns(16))
+    # 8 steps: 2 at 0.1, 3 at 0.01, 2 at 0.001, 1 at 0.0001, over 1 - 0.9.
+    assert record['decay_exponent'] == pytest.approx(0.5 * (0.2 + 0.03 + 0.002 + 0.0001) / 0.1, rel=1e-3)
+    assert train_cell(Cell('resnet10', 'ws', 'aws', 0.1, 0.5), PRESETS['smoke'], patterns(16))['decay_exponent'] is None
+
+
+def test_augmentation_shifts_and_flips_and_does_nothing_else():
+    images = torch.arange(32 * 3 * 8 * 8, dtype=torch.int64).remainder(251).to(torch.uint8).view(32, 3, 8, 8)
+    out = augment(images, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images.float(), [4] * 4, mode='reflect').to(torch.uint8)
+    for image, border in zip(out, padded):
+        crops = [border[:, row:row + 8, column:column + 8] for row in range(9) for column in range(9)]
+        assert any(torch.equal(image, crop) or torch.equal(image, crop.flip(2)) for crop in crops)
+
+
+def gradientless_step(rule, lr=0.1, strength=0.01):
+    torch.manual_seed(0)
+    from reproduction.grid import NETWORKS
+
+    model = NormalizedResNet(**NETWORKS['resnet10'], num_classes=4)
+    optimizer = make_optimizer(model, rule, lr, strength, 'ws')
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    return before, dict(model.named_parameters())
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_rules_spare_biases_and_decay_the_rest_as_the_paper_does(rule):
+    before, after = gradientless_step(rule)
+    assert torch.equal(before['fc.bias'], after['fc.bias'])
+    if not RULES[rule].adam and rule != 'sgdp':
+        assert torch.allclose(after['fc.weight'], before['fc.weight'] * (1 - 0.1 * 1e-4), rtol=1e-6, atol=0)
+        assert torch.allclose(after['bn1.weight'], before['bn1.weight'] * (1 - 0.1 * 1e-4), rtol=1e-6, atol=0)
+
+
+def test_rules_shrink_the_filters_as_their_equations_say():
+    name = 'layer1.0.conv1.weight'
+
+    def share(rule, strength=0.01):
+        before, after = gradientless_step(rule, strength=strength)
+        return before[name], after[name]
+
+    before, after = share('none')
+    assert torch.equal(before, after)
+    for rule in ('l2', 'sgdw'):
+        before, after = share(rule)
+        assert torch.allclose(after, before * (1 - 0.1 * 0.01), rtol=1e-5, atol=1e-9)
+    std = before.std((1, 2, 3), correction=0, keepdim=True)
+    mean = before.mean((1, 2, 3), keepdim=True)
+    before, after = share('shifted')
+    pull = (1 - 1e-3 / std) * (before - mean) + mean
+    assert torch.allclose(after, before - 0.1 * 0.01 * pull, rtol=1e-5, atol=1e-8)
+    for rule in ('aws', 'aws_decoupled'):
+        before, after = share(rule, 0.5)
+        assert torch.allclose(after, before * (1 - 0.1 * 0.5 * std), rtol=1e-5, atol=1e-9)
