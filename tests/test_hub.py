@@ -208,6 +208,47 @@ def test_folder_is_checked_before_anything_is_sent(hub, copied, capsys):
     check('model.safetensors is damaged: bytes is')
 
 
+@pytest.mark.parametrize('change, message', [
+    ({'label_names': ['a'] * 5}, 'must name 4 labels'),
+    ({'architecture': None}, 'must name architecture, num_classes and pretrained_cfg'),
+    ({'pretrained_cfg': []}, 'must name architecture, num_classes and pretrained_cfg'),
+    ({'pretrained_cfg': {'input_size': [3, 48, 48], 'file': '/etc/passwd'}}, 'names another source of weights by file'),
+    ({'pretrained_cfg': {'input_size': [3, 48, 10 ** 9]}}, 'must have an input_size of channels, height and width'),
+    ({'pretrained_cfg': {'input_size': 'large'}}, 'must have an input_size of channels, height and width'),
+    ({'architecture': '../../etc'}, 'Unknown model'),
+    ({'num_classes': 5, 'label_names': ['a'] * 5}, 'disagrees with itself on num_classes'),
+    ({'architecture': 'ws_resnet18'}, 'cannot be loaded: '),
+])
+def test_config_that_is_wrong_or_hostile_is_refused(hub, copied, capsys, change, message):
+    config = json.loads((copied / 'config.json').read_text())
+    (copied / 'config.json').write_text(json.dumps({**config, **change}))
+    assert message in refused(capsys, copied)
+    assert not hub.requests
+
+
+def test_mutated_folders_are_refused_or_published_but_crash_nothing(hub, copied):
+    """Two hundred folders with bytes of one file changed, cut off or repeated: a plain error, or a folder like any."""
+    random_ = random.Random(0)
+    originals = contents(copied)
+    outcomes = set()
+    for _ in range(200):
+        name = random_.choice(['config.json', 'results.json', 'model.safetensors'])
+        data = bytearray(originals[name])
+        for _ in range(random_.randint(1, 3)):
+            start = random_.randrange(len(data))
+            end = start + random_.randint(1, 20)
+            data[start:end] = random_.choice([b'', bytes(data[start:end]) * 2, random_.randbytes(end - start)])
+        (copied / name).write_bytes(data)
+        try:
+            publish(copied, REPO, dry_run=True)
+            outcomes.add('fine')
+        except ValueError:
+            outcomes.add('refused')
+        (copied / name).write_bytes(originals[name])
+    assert 'refused' in outcomes
+    assert contents(copied) == originals
+
+
 def test_card_of_a_validated_folder_parses_and_validates(checkpoint_folder):
     card = ModelCard.load(checkpoint_folder / 'README.md')
     assert card.data.library_name == 'timm'

@@ -52,7 +52,7 @@ def pretrained_cfg(name: str) -> dict[str, Any]:
         repository, or gives one where config.json names none.
     """
     folder = _folder(name)
-    config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
+    config = _read_json(folder / CONFIG)
     cfg = {
         **config['pretrained_cfg'],
         **{key: config[key] for key in ('num_classes', 'label_names', 'label_descriptions') if key in config},
@@ -103,7 +103,8 @@ def check_folder(folder: Path) -> None:
         folder: A checkpoint folder with its weights.
 
     Raises:
-        ValueError: If a file is missing, damaged, or none of those that belong there, a pickle for instance.
+        ValueError: If a file is missing, damaged, or none of those that belong there, a pickle for instance; if
+            config.json does not describe such a checkpoint, or names another place to take weights from.
     """
     if not folder.is_dir():
         raise ValueError(f'{folder} is not a folder.')
@@ -115,7 +116,37 @@ def check_folder(folder: Path) -> None:
     for name in sorted(names):
         if (folder / name).is_symlink() or not (folder / name).is_file():
             raise ValueError(f'{folder / name} is not a plain file.')
+    _check_config(folder / CONFIG)
     check_weights(folder)
+
+
+def _check_config(path: Path) -> None:
+    config = _read_json(path)
+    cfg = config.get('pretrained_cfg')
+    if not (isinstance(config.get('architecture'), str) and isinstance(config.get('num_classes'), int)
+            and isinstance(cfg, dict)):
+        raise ValueError(f'{path} must name architecture, num_classes and pretrained_cfg.')
+    told = {part.get('num_classes', config['num_classes']) for part in (cfg, config.get('model_args') or {})}
+    if told != {config['num_classes']}:  # timm would leave the classifier at its random initialization
+        raise ValueError(f'{path} disagrees with itself on num_classes: {config["num_classes"]} and {sorted(told)}.')
+    if elsewhere := {'url', 'file', 'state_dict', 'hf_hub_filename', 'source'} & set(cfg):
+        raise ValueError(f'{path} names another source of weights by {", ".join(sorted(elsewhere))}: remove that.')
+    size = cfg.get('input_size')
+    if not (isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) and 0 < n <= 4096 for n in size)):
+        raise ValueError(f'{path} must have an input_size of channels, height and width, not {size!r}.')
+    names = config.get('label_names', [])
+    if names and not (isinstance(names, list) and len(names) == config['num_classes']):
+        raise ValueError(f'{path} must name {config["num_classes"]} labels, or none.')
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is not JSON: {error}') from error
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} must hold a JSON object.')
+    return content
 
 
 def check_weights(folder: Path) -> None:
@@ -125,9 +156,11 @@ def check_weights(folder: Path) -> None:
         folder: A checkpoint folder.
 
     Raises:
-        ValueError: If they differ.
+        ValueError: If they differ, or if results.json cannot be read.
     """
-    expected = json.loads((folder / RESULTS).read_text(encoding='utf-8'))['weights']
+    expected = _read_json(folder / RESULTS).get('weights')
+    if not isinstance(expected, dict) or not {'bytes', 'sha256'} <= set(expected):
+        raise ValueError(f'{folder / RESULTS} does not tell size and sha256 of the weights.')
     path = folder / WEIGHTS
     found = {'bytes': path.stat().st_size, 'sha256': sha256(path)}
     for key, value in found.items():

@@ -74,7 +74,10 @@ def publish(
         RuntimeError: If there is no token, if the Hub refuses or fails, or if it gives back other files.
     """
     checkpoints.check_folder(folder)
-    expected = _logits(folder)
+    try:
+        expected = _logits(folder)
+    except Exception as error:  # timm and torch raise whatever is wrong with config or weights leads to
+        raise ValueError(f'{folder} cannot be loaded: {error}') from error
     api = HfApi(library_name='timm_aws')
     url = f'{api.endpoint}/{repo_id}' + (f'/tree/{revision}' if revision else '')
     if not get_token() and not dry_run:
