@@ -25,8 +25,8 @@ from .train_run import Checkpoint, find_checkpoint, layers_of, load_checkpoint, 
 
 __all__ = ['export']
 
-# Options of train.py that say where things are on one machine.
-_PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume')
+# Options of train.py that say where things are on one machine, and how many of them are kept there.
+_PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume', 'checkpoint_hist')
 # Half precision must not cost more of the top-1 accuracy than this, in points.
 _TOLERANCE = 0.05
 

@@ -1,0 +1,49 @@
+"""Writes the README's table of checkpoints from the folders in weights/.
+
+    python scripts/zoo_table.py
+
+Every figure comes from a folder's config.json and results.json, which `timm-aws export` wrote. tests/test_readme.py
+fails where the README holds another table than this makes.
+"""
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / 'README.md'
+BEGIN, END = '<!-- zoo: written by scripts/zoo_table.py -->\n', '<!-- end of zoo -->\n'
+
+HEAD = """\
+| checkpoint | million parameters | image size | trained and validated on | top-1 | top-5 | hours | hardware | weights |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def row(folder: Path) -> str:
+    """Returns the line of one checkpoint."""
+    config, results = (json.loads((folder / name).read_text()) for name in ('config.json', 'results.json'))
+    metrics = results['metrics']
+    hours = sum(stage['hours'] for stage in results['training'])
+    bundled = (folder / 'model.safetensors').is_file()
+    size = f'{results["weights"]["bytes"] / 2**20:.0f} MiB'
+    return (
+        f'| [`{results["name"]}`](weights/{results["name"]}) | {results["weights"]["parameters"] / 1e6:.1f} '
+        f'| {config["pretrained_cfg"]["input_size"][-1]} px | {results["dataset"]} '
+        f'| {metrics["top1"]:.2f} % | {metrics["top5"]:.2f} % | {hours:.1f} | {results["hardware"]} '
+        f'| {f"in the package, {size}" if bundled else f"not published, {size}"} |\n'
+    )
+
+
+def table() -> str:
+    """Returns the whole table, the best checkpoint first."""
+    folders = [path.parent for path in (ROOT / 'weights').glob('*/results.json')]
+    accuracy = {folder: json.loads((folder / 'results.json').read_text())['metrics']['top1'] for folder in folders}
+    return HEAD + ''.join(row(folder) for folder in sorted(folders, key=lambda folder: -accuracy[folder]))
+
+
+def main() -> None:
+    before, rest = README.read_text().split(BEGIN)
+    README.write_text(before + BEGIN + table() + END + rest.split(END)[1])
+
+
+if __name__ == '__main__':
+    main()

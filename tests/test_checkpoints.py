@@ -1,0 +1,170 @@
+"""The project's own checkpoints: what timm knows of them, and what it does where the weights are not at hand."""
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import get_pretrained_cfg, load_state_dict
+
+import timm_aws
+from timm_aws import checkpoints
+from timm_aws.hub import publish
+
+ROOT = Path(__file__).parent.parent
+BUNDLED = ROOT / 'weights' / 'ws_resnet50.aws_tin200'
+NAMES = ('ws_resnet50_aws', 'ws_resnet50.aws_tin200')
+
+
+@pytest.fixture(scope='module')
+def model():
+    return timm.create_model('ws_resnet50_aws', pretrained=True).eval()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_both_names_load_the_weights_of_the_folder(name):
+    loaded = timm.create_model(name, pretrained=True).state_dict()
+    stored = load_file(BUNDLED / 'model.safetensors')
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(loaded[key], stored[key].to(loaded[key].dtype)) for key in stored)
+
+
+def test_bundled_folder_is_whole():
+    checkpoints.check_folder(BUNDLED)
+
+
+def test_it_has_two_hundred_classes_with_names_and_takes_48_pixels(model):
+    assert (model.num_classes, model.fc.out_features) == (200, 200)
+    cfg = model.pretrained_cfg
+    assert (cfg['input_size'], cfg['crop_pct']) == ((3, 48, 48), 1.0)
+    assert len(cfg['label_names']) == len(cfg['label_descriptions']) == 200
+    assert cfg['label_descriptions']['n07873807'] == 'pizza, pizza pie'
+    assert timm.create_model('ws_resnet50_aws').num_classes == 200
+    assert timm.create_model('ws_resnet50').num_classes == 1000
+
+
+def test_num_classes_and_in_chans_adapt_as_everywhere_in_timm(model):
+    other = timm.create_model('ws_resnet50_aws', pretrained=True, num_classes=7, in_chans=1)
+    assert other.fc.weight.shape == (7, 2048)
+    assert torch.equal(other.layer4[2].conv3.weight, model.layer4[2].conv3.weight)
+    # In the precision of the file: timm adapts what is stored.
+    assert torch.allclose(other.conv1.weight, model.conv1.weight.sum(1, keepdim=True), rtol=1e-3, atol=1e-4)
+    embedding = timm.create_model('ws_resnet50_aws', pretrained=True, num_classes=0).eval()
+    with torch.inference_mode():
+        image = torch.ones(1, 3, 64, 64)
+        assert torch.equal(embedding(image), model.forward_head(model.forward_features(image), pre_logits=True))
+
+
+def test_features_only_gives_the_features_of_the_trained_network(model):
+    stages = timm.create_model('ws_resnet50_aws', pretrained=True, features_only=True).eval()
+    with torch.inference_mode():
+        image = torch.ones(1, 3, 64, 64)
+        assert torch.equal(stages(image)[-1], model.forward_features(image))
+
+
+def test_checkpoint_path_and_overlay(model, tmp_path):
+    weights = {key: value + 1 if key == 'fc.bias' else value for key, value in model.state_dict().items()}
+    torch.save({'state_dict': weights}, tmp_path / 'mine.pth')
+    mine = timm.create_model('ws_resnet50_aws', checkpoint_path=str(tmp_path / 'mine.pth'))
+    assert torch.equal(mine.fc.bias, model.fc.bias + 1)
+    overlay = {'file': str(tmp_path / 'mine.pth')}
+    mine = timm.create_model('ws_resnet50_aws', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(mine.fc.bias, model.fc.bias + 1)
+    assert torch.equal(load_state_dict(str(BUNDLED / 'model.safetensors'))['fc.bias'], model.fc.bias)
+
+
+def test_list_of_pretrained_models_tells_the_truth():
+    assert timm.list_pretrained('*_aws*') == ['ws_resnet50_aws']
+    assert timm.list_pretrained('ws_resnet50*') == ['ws_resnet50.aws_tin200', 'ws_resnet50_aws']
+    assert timm.list_models('*_aws') == ['ws_resnet18_aws', 'ws_resnet50_aws']
+    for name in timm.list_models(module='ws_resnet', pretrained=True):
+        assert Path(get_pretrained_cfg(name).file).is_file()
+
+
+@pytest.mark.parametrize('name, advice', [
+    ('ws_resnet101', r"\ntimm.list_pretrained\('\*_aws\*'\) names the networks that have weights\."),
+    ('ws_resnet18_aws', r'\nws_resnet18.aws_tin200 has been trained, .* set TIMM_AWS_HUB_NAMESPACE .* train it again'),
+    ('ws_resnet18.aws_tin200', r'\nws_resnet18.aws_tin200 has been trained'),
+])
+def test_without_weights_timm_says_so_and_we_say_how_to_get_them(name, advice):
+    architecture = name.split('.')[0].removesuffix('_aws')
+    plain = rf'^No pretrained weights exist for {architecture}\. Use `pretrained=False` for random init\.'
+    with pytest.raises(RuntimeError, match=plain + advice):
+        timm.create_model(name, pretrained=True)
+    assert timm.create_model(name).num_classes == (1000 if advice.startswith('\\ntimm') else 200)
+
+
+def test_checkpoint_without_weights_loads_from_the_namespace_that_is_set(hub, monkeypatch, tmp_path):
+    name = 'ws_resnet18.aws_tin200'
+    assert 'hf_hub_id' not in checkpoints.pretrained_cfg(name)
+    monkeypatch.setenv(checkpoints.NAMESPACE_VARIABLE, 'alice')
+    cfg = checkpoints.pretrained_cfg(name)
+    assert cfg['hf_hub_id'] == f'alice/{name}'
+    assert 'hf_hub_id' not in checkpoints.pretrained_cfg('ws_resnet50.aws_tin200'), 'the bundled file is nearer'
+    torch.manual_seed(0)
+    source = timm.create_model('ws_resnet18', num_classes=200)
+    folder = shutil.copytree(ROOT / 'weights' / name, tmp_path / name)
+    _put_weights(folder, source)
+    publish(folder, f'alice/{name}')
+    loaded = timm.create_model('ws_resnet18', pretrained=True, pretrained_cfg={**cfg, 'architecture': 'ws_resnet18'})
+    assert torch.equal(loaded.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
+
+
+def _put_weights(folder, model):
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'})
+    results = json.loads((folder / 'results.json').read_text())
+    path = folder / 'model.safetensors'
+    results['weights'].update(bytes=path.stat().st_size, sha256=checkpoints.sha256(path))
+    (folder / 'results.json').write_text(json.dumps(results))
+
+
+def test_names_follow_the_namespace_at_import(hub):
+    code = ('import timm, timm_aws; print(timm.list_pretrained("*_aws*"), '
+            'timm.models.get_pretrained_cfg("ws_resnet18_aws").hf_hub_id)')
+    environment = {'TIMM_AWS_HUB_NAMESPACE': 'lab', 'PATH': '/usr/bin'}
+    output = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT,
+                            env=environment).stdout
+    assert output == "['ws_resnet18_aws', 'ws_resnet50_aws'] lab/ws_resnet18.aws_tin200\n"
+
+
+def test_damaged_weights_are_not_loaded(tmp_path, monkeypatch):
+    folder = shutil.copytree(BUNDLED, tmp_path / BUNDLED.name)
+    weights = bytearray((folder / 'model.safetensors').read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (folder / 'model.safetensors').write_bytes(weights)
+    with pytest.raises(ValueError, match=r'model\.safetensors is damaged: sha256 is .*Get the folder again'):
+        timm.create_model('ws_resnet50_aws', pretrained=True,
+                          pretrained_cfg_overlay={'file': str(folder / 'model.safetensors')})
+
+
+def test_loading_takes_less_than_two_seconds():
+    start = time.perf_counter()
+    timm.create_model('ws_resnet50_aws', pretrained=True)
+    assert time.perf_counter() - start < 2
+
+
+def test_wheel_brings_the_weights_and_loads_them_offline(tmp_path):
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation',
+                    '--wheel-dir', tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob('timm_aws-*.whl')
+    site = tmp_path / 'site'
+    shutil.unpack_archive(wheel, site, 'zip')
+    code = ('import timm_aws, timm; m = timm.create_model("ws_resnet50_aws", pretrained=True); '
+            'print(timm_aws.__file__, m.num_classes, m.pretrained_cfg["file"])')
+    environment = {'PYTHONPATH': str(site), 'HF_HUB_OFFLINE': '1', 'HOME': str(tmp_path)}
+    output = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path,
+                            env=environment).stdout.split()
+    path = site / 'timm_aws' / 'weights' / BUNDLED.name / 'model.safetensors'
+    assert output == [str(site / 'timm_aws' / '__init__.py'), '200', str(path)]
+    assert path.read_bytes() == (BUNDLED / 'model.safetensors').read_bytes()
+
+
+def test_public_name_of_the_entry_point():
+    assert timm_aws.ws_resnet.ws_resnet50_aws().pretrained_cfg['tag'] == 'aws_tin200'
