@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -214,7 +214,8 @@ def figures(lines: Lines, preset: Preset, folder: Path) -> list[Path]:
         if figure is not None:
             for suffix, options in (('.png', {'dpi': 150}), ('.svg', {'metadata': {'Date': None}})):
                 paths.append(folder / f'{name}{suffix}')
-                figure.savefig(paths[-1], **options)
+                with rc_context({'svg.hashsalt': name}):  # else matplotlib draws new ids each time
+                    figure.savefig(paths[-1], **options)
     return paths
 
 

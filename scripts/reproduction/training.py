@@ -116,7 +116,8 @@ def _record_lengths(record: dict[str, Any], optimizer: torch.optim.Optimizer) ->
         return
     rates = [rate.median().item() for rate in timm_aws.effective_lr(optimizer).values()]
     record['effective_lr'].append([_digits(rate) for rate in rates])
-    record['lengths'].append([_digits(group['lr'] / rate) for rate in rates])
+    # A length that has overflowed has the rate 0.
+    record['lengths'].append([_digits(group['lr'] / rate if rate else math.inf) for rate in rates])
 
 
 def _digits(value: float) -> float | None:
