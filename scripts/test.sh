@@ -9,5 +9,5 @@ if [ $# -gt 0 ]; then
 fi
 ruff check .
 mypy
-python -m pytest -q -n 2
-python scripts/timm_conformance.py -n 2
+python -m pytest -q -n 2 --junitxml build/tests.xml
+python scripts/timm_conformance.py -n 2 --junitxml "$PWD/build/timm.xml"

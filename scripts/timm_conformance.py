@@ -5,7 +5,8 @@
 The tests are those of the installed timm, taken from its source distribution, which pip downloads into a temporary
 folder. test_models.py and test_optim.py find our names in timm's registry as they find timm's own; what is run are
 the cases with one of our names. What timm excepts by name (Kron, Adahessian, and the deviations that it lists with a
-reason for single optimizers) is excepted for the same name with aws_ before it.
+reason for single optimizers) is excepted for the same name with aws_ before it. The other files know no names; they
+are run as they are, with the plugin imported, to see that it changes nothing of timm.
 
 This file is the pytest plugin that does the selection as well.
 """
@@ -22,7 +23,9 @@ import timm
 
 import timm_aws  # noqa: F401  registers the names
 
-_TEST_FILES = ('test_models.py', 'test_optim.py')
+_BY_NAME = ('test_models.py', 'test_optim.py')
+_AS_THEY_ARE = (
+    'test_checkpoint_*.py', 'test_factory.py', 'test_hub.py', 'test_layers*.py', 'test_task.py', 'test_utils.py')
 _EXCEPTED_BY_TIMM = ('kron*', 'adahessian')
 
 
@@ -33,12 +36,16 @@ def _our_names() -> set[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps the cases that are about one of our names."""
+    """Keeps, of the files that go by name, the cases that are about one of our names."""
     ours = _our_names()
-    kept = [item for item in items if ours & {v for v in _params(item).values() if isinstance(v, str)}]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
-    for module in {item.module for item in kept}:
+
+    def is_ours(item: pytest.Item) -> bool:
+        return item.path.name not in _BY_NAME or not ours.isdisjoint(
+            value for value in _params(item).values() if isinstance(value, str))
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_ours(item)])
+    items[:] = [item for item in items if is_ours(item)]
+    for module in {item.module for item in items}:
         for exceptions in getattr(module, '_PROPERTY_EXCEPTIONS', {}).values():
             exceptions.update({f'aws_{pattern}': reason for pattern, reason in exceptions.items()})
 
@@ -77,8 +84,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tests = download_tests(Path(folder))
         environment = {**os.environ, 'PYTHONPATH': os.path.dirname(os.path.abspath(__file__)), 'TORCH_DEVICE': 'cpu'}
-        # Outside the repository: neither our configuration nor our folder is found there.
-        command = [sys.executable, '-m', 'pytest', '-p', 'timm_conformance', '-q', *sys.argv[1:], *_TEST_FILES]
+        # Those that this timm has. Outside the repository: neither our configuration nor our folder is found there.
+        files = [path.name for pattern in (*_BY_NAME, *_AS_THEY_ARE) for path in sorted(tests.glob(pattern))]
+        command = [sys.executable, '-m', 'pytest', '-p', 'timm_conformance', '-q', *sys.argv[1:], *files]
         return subprocess.run(command, cwd=tests, env=environment).returncode
 
 

@@ -47,9 +47,9 @@ def pretrained_cfg(name: str) -> dict[str, Any]:
         name: Folder, `<architecture>.<tag>`.
 
     Returns:
-        What timm.models.generate_default_cfgs takes. The source is the folder's own weights file, else the Hub
-        repository that config.json names. The environment variable TIMM_AWS_HUB_NAMESPACE replaces the owner of that
-        repository, or gives one where config.json names none.
+        What timm.models.generate_default_cfgs takes. The source is the folder's own weights file. Without one it is the
+        repository of the same name of the owner that the environment variable TIMM_AWS_HUB_NAMESPACE gives, else the
+        one that config.json names as its hf_hub_id.
     """
     folder = _folder(name)
     config = _read_json(folder / CONFIG)
@@ -179,14 +179,14 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def git_blob_id(path: Path) -> str:
+    """Returns the name that git gives to a file's content, 40 hexadecimal digits."""
+    content = path.read_bytes()
+    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+
+
 def _folder(name: str) -> Path:
     """Returns a checkpoint's folder: inside the package when it was installed, beside it in a checkout."""
     package = Path(__file__).parent
     root = package / 'weights' if (package / 'weights').is_dir() else package.parent / 'weights'
     return root / name
-
-
-def git_blob_id(path: Path) -> str:
-    """Returns the name that git gives to a file's content, 40 hexadecimal digits."""
-    content = path.read_bytes()
-    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
