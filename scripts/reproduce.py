@@ -5,8 +5,8 @@
 
 `run` adds one line of JSON to scripts/results/reproduce_PRESET.jsonl for each finished training and can be stopped at
 any moment. Presets: `smoke`, made-up patterns and a few steps, to try the scripts (no --data); `cpu`, twenty classes of
-Tiny-ImageNet-200 at 32 px; `gpu`, forty classes and three seeds for table 3. reproduction/grid.py says what each table
-and figure is made of.
+Tiny-ImageNet-200 at 32 px; `gpu`, forty classes, and three seeds in table 3 as well. reproduction/grid.py says what
+each table and figure is made of.
 """
 import argparse
 import json
@@ -16,7 +16,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,10 @@ def _final(line: dict[str, Any]) -> float:
     return line['val_accuracy'][-1] if line['first_nonfinite_step'] is None else 0.
 
 
-def pending(experiments: list[str], preset: Preset, seeds: int, lines: dict[Cell, dict[str, Any]]) -> list[Cell]:
+def pending(experiments: list[str], preset: Preset, lines: dict[Cell, dict[str, Any]]) -> list[Cell]:
     """Lists what is still to be trained, as far as it is known now."""
     accuracy = {cell: _final(line) for cell, line in lines.items()}
-    cells = dict.fromkeys(cell for name in experiments for cell in cells_of(name, preset, seeds, accuracy))
+    cells = dict.fromkeys(cell for name in experiments for cell in cells_of(name, preset, accuracy))
     return [cell for cell in cells if cell not in lines]
 
 
@@ -85,6 +85,8 @@ def run_cells(cells: list[Cell], pool: ProcessPoolExecutor) -> Iterator[dict[str
 def run(options: argparse.Namespace) -> None:
     """Trains what is not yet there, and writes a line for each."""
     preset = PRESETS[options.preset]
+    if options.seeds:
+        preset = replace(preset, seeds=options.seeds, scale_seeds=options.seeds)
     experiments = list(EXPERIMENTS) if options.experiment == 'all' else [options.experiment]
     images = image_sets.load(options.data, preset.every, preset.image_size) if preset.every else image_sets.patterns(
         preset.image_size)
@@ -98,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
             options.jobs, multiprocessing.get_context('spawn'), _start_worker,
             (images.share(), preset, options.device, threads)) as pool, tqdm(unit='training') as progress:
         # Again and again, as the policies' best strengths are known only after their tuning.
-        while cells := pending(experiments, preset, options.seeds, lines):
+        while cells := pending(experiments, preset, lines):
             progress.total = progress.n + len(cells)
             for result in run_cells(cells, pool):
                 line = {**result, **about}
@@ -140,7 +142,7 @@ def main() -> None:
     run_parser.add_argument('experiment', choices=[*EXPERIMENTS, 'all'])
     run_parser.add_argument('--data', type=Path, help='folder of Tiny-ImageNet-200')
     run_parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    run_parser.add_argument('--seeds', type=int, help='seeds of table 3')
+    run_parser.add_argument('--seeds', type=int, help='seeds of table 3 and of figures 5 and 6')
     run_parser.add_argument('--jobs', type=int, help='trainings at a time')
     run_parser.set_defaults(command=run)
     report_parser = commands.add_parser('report', help='write tables and figures from the lines that are there')
@@ -153,7 +155,6 @@ def main() -> None:
         if PRESETS[options.preset].every and not options.data:
             parser.error(f'the preset {options.preset} needs --data, the folder of Tiny-ImageNet-200')
         options.jobs = options.jobs or (8 if options.device.startswith('cuda') else os.cpu_count() or 1)
-        options.seeds = options.seeds or (3 if options.preset == 'gpu' else 1)
     options.command(options)
 
 

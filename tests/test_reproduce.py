@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ SCRIPTS = Path(__file__).parent.parent / 'scripts'
 sys.path.insert(0, str(SCRIPTS))
 
 from reproduce import cell_of, pending, read_lines  # noqa: E402
+from reproduction import report  # noqa: E402
 from reproduction.grid import EXPERIMENTS, PRESETS, Cell, cells_of  # noqa: E402
 from reproduction.images import augment, patterns  # noqa: E402
 from reproduction.rules import RULES, make_optimizer  # noqa: E402
@@ -25,7 +27,6 @@ def reproduce(*args):
 
 
 def report_of(folder):
-    pytest.importorskip('matplotlib')
     paths = reproduce('report', '--preset', 'smoke', '--out', folder).split()
     return {Path(path).name: Path(path).read_bytes() for path in paths}
 
@@ -34,7 +35,7 @@ def test_smoke_runs_everything_and_goes_on_where_it_was_cut_off(tmp_path):
     reproduce('run', 'all', '--preset', 'smoke', '--out', tmp_path)
     path = tmp_path / 'reproduce_smoke.jsonl'
     lines = read_lines(path)
-    assert pending(list(EXPERIMENTS), PRESETS['smoke'], 1, lines) == []
+    assert pending(list(EXPERIMENTS), PRESETS['smoke'], lines) == []
     before = report_of(tmp_path)
     assert set(before) == {'reproduce_smoke.md', *(f'{name}.{suffix}' for suffix in ('png', 'svg') for name in (
         'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies'))}
@@ -66,17 +67,17 @@ def test_same_cell_trains_the_same():
 @pytest.mark.parametrize('preset', ['smoke', 'cpu', 'gpu'])
 @pytest.mark.parametrize('experiment', EXPERIMENTS)
 def test_no_cell_is_listed_twice_and_every_rule_is_known(preset, experiment):
-    cells = cells_of(experiment, PRESETS[preset], 2, {})
+    cells = cells_of(experiment, PRESETS[preset], {})
     assert len(cells) == len(set(cells)) > 0
     assert {cell.rule for cell in cells} <= set(RULES)
 
 
 def test_policies_are_tuned_before_they_are_compared():
     preset = PRESETS['cpu']
-    tuning = cells_of('policies', preset, 1, {})
+    tuning = cells_of('policies', preset, {})
     accuracy = dict.fromkeys(tuning, 10.0)
     accuracy[next(cell for cell in tuning if (cell.rule, cell.strength) == ('aws', 1e-2))] = 20.
-    square = [cell for cell in cells_of('policies', preset, 1, accuracy) if cell not in tuning and cell.rule == 'aws']
+    square = [cell for cell in cells_of('policies', preset, accuracy) if cell not in tuning and cell.rule == 'aws']
     assert {cell.strength for cell in square} == {1e-2}
     assert {(cell.lr, cell.scale) for cell in square} == {
         (lr, scale) for lr in (0.01, 0.1, 1.) for scale in (0.01, 1., 100.)} - {(0.1, 1.)}
@@ -140,3 +141,18 @@ def test_rules_shrink_the_filters_as_their_equations_say():
     for rule in ('aws', 'aws_decoupled'):
         before, after = share(rule, 0.5)
         assert torch.allclose(after, before * (1 - 0.1 * 0.5 * std), rtol=1e-5, atol=1e-9)
+
+
+def test_seeds_of_one_setting_are_told_as_mean_and_deviation_and_a_failed_one_is_shown():
+    cell = Cell('resnet10', 'ws', 'l2', 0.1, 1e-2, 20.)
+
+    def lines(*ends):
+        return {replace(cell, seed=seed): {
+            **cell.settings(), 'seed': seed, 'num_classes': 20, 'val_accuracy': [end],
+            'first_nonfinite_step': None if end else 7} for seed, end in enumerate(ends)}
+
+    other = {replace(cell, scale=100.): lines(50.)[cell]}
+    assert report._told_seeds(report._seeds({**lines(40., 44., 42.), **other}, cell)) == '42.0 ± 2.0 (3 seeds)'
+    assert report._told_seeds(report._seeds(lines(40., 0.), cell)) == '40.0, **not finite** (step 7)'
+    assert report._told_seeds(report._seeds(lines(40.), cell)) == '40.0'
+    assert report._told_seeds(report._seeds(other, cell)) == 'not run'

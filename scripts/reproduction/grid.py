@@ -36,6 +36,8 @@ class Preset:
         batch_size: Images a step.
         thin: Take every so many-th value of each sweep, ends included.
         backbones: Networks of table 3.
+        seeds: Seeds of each network in table 3.
+        scale_seeds: Seeds of each initialization in figures 5 and 6.
     """
     image_size: int
     every: int
@@ -43,13 +45,15 @@ class Preset:
     batch_size: int
     thin: int
     backbones: tuple[str, ...]
+    seeds: int
+    scale_seeds: int
 
 
 _ALL_BACKBONES = tuple(name for name in NETWORKS if name != 'resnet10')
 PRESETS = {
-    'smoke': Preset(image_size=16, every=0, epochs=2, batch_size=128, thin=6, backbones=('resnet50',)),
-    'cpu': Preset(image_size=32, every=10, epochs=10, batch_size=128, thin=1, backbones=_ALL_BACKBONES),
-    'gpu': Preset(image_size=32, every=5, epochs=10, batch_size=128, thin=1, backbones=_ALL_BACKBONES),
+    'smoke': Preset(16, every=0, epochs=2, batch_size=128, thin=6, backbones=('resnet50',), seeds=1, scale_seeds=1),
+    'cpu': Preset(32, every=10, epochs=10, batch_size=128, thin=1, backbones=_ALL_BACKBONES, seeds=1, scale_seeds=3),
+    'gpu': Preset(32, every=5, epochs=10, batch_size=128, thin=1, backbones=_ALL_BACKBONES, seeds=3, scale_seeds=3),
 }
 
 
@@ -124,9 +128,9 @@ def _table2(preset: Preset) -> Iterable[Cell]:
                 yield Cell('resnet10', normalization, rule, ADAM_LR, alpha)
 
 
-def _table3(preset: Preset, seeds: int) -> Iterable[Cell]:
+def _table3(preset: Preset) -> Iterable[Cell]:
     for network in preset.backbones:
-        for seed in range(seeds):
+        for seed in range(preset.seeds):
             yield Cell(network, 'none', 'l2', SGD_LR, TYPICAL_DECAY, seed=seed)
             yield Cell(network, 'ws', 'l2', SGD_LR, TYPICAL_DECAY, seed=seed)
             yield Cell(network, 'ws', 'aws', SGD_LR, TYPICAL_ALPHA, seed=seed)
@@ -141,9 +145,10 @@ def _aws() -> Iterable[Cell]:
     yield Cell('resnet10', 'ws', 'aws', SGD_LR, TYPICAL_ALPHA)
 
 
-def _initializations(rule: str, strength: float) -> Iterable[Cell]:
+def _initializations(preset: Preset, rule: str, strength: float) -> Iterable[Cell]:
     for scale in SCALES:
-        yield Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)
+        for seed in range(preset.scale_seeds):
+            yield Cell('resnet10', 'ws', rule, SGD_LR, strength, scale, seed)
 
 
 def _tuning(preset: Preset) -> Iterable[Cell]:
@@ -173,13 +178,12 @@ def _policies(preset: Preset, accuracy: dict[Cell, float]) -> Iterable[Cell]:
 EXPERIMENTS = ('table1', 'table2', 'table3', 'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies')
 
 
-def cells_of(experiment: str, preset: Preset, seeds: int, accuracy: dict[Cell, float]) -> list[Cell]:
+def cells_of(experiment: str, preset: Preset, accuracy: dict[Cell, float]) -> list[Cell]:
     """Lists the trainings of one table or figure, those of others among them where they are the same.
 
     Args:
         experiment: One of EXPERIMENTS.
         preset: How large everything is.
-        seeds: Seeds of table 3.
         accuracy: Validation accuracy of the trainings that are done. The policies are tuned first: what follows from
             their best strengths is listed once these are known.
 
@@ -189,12 +193,12 @@ def cells_of(experiment: str, preset: Preset, seeds: int, accuracy: dict[Cell, f
     made = {
         'table1': lambda: _table1(preset),
         'table2': lambda: _table2(preset),
-        'table3': lambda: _table3(preset, seeds),
+        'table3': lambda: _table3(preset),
         'fig1': _decay_or_none,
         'fig2': _decay_or_none,
         'fig4': _aws,
-        'fig5': lambda: _initializations('l2', TYPICAL_DECAY),
-        'fig6': lambda: _initializations('aws', TYPICAL_ALPHA),
+        'fig5': lambda: _initializations(preset, 'l2', TYPICAL_DECAY),
+        'fig6': lambda: _initializations(preset, 'aws', TYPICAL_ALPHA),
         'policies': lambda: _policies(preset, accuracy),
     }[experiment]()
     return list(dict.fromkeys(made))

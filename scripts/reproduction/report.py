@@ -1,6 +1,7 @@
 """Tables and figures from the lines of finished trainings alone; one that failed is shown as what it is."""
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,7 @@ def _table3(lines: Lines) -> str:
     columns = (('none', 'l2', TYPICAL_DECAY), ('ws', 'l2', TYPICAL_DECAY), ('ws', 'aws', TYPICAL_ALPHA))
 
     def told(network: str, normalization: str, rule: str, strength: float) -> str:
-        found = [line for cell, line in lines.items() if (cell.network, cell.normalization, cell.rule, cell.strength)
-                 == (network, normalization, rule, strength) and cell.scale == 1 and cell.lr == SGD_LR]
-        values = [final_accuracy(line) for line in found]
-        if len(values) < 2 or any(map(_failed, found)):
-            return ', '.join(map(_told, found)) or 'not run'
-        return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} seeds)'
+        return _told_seeds(_seeds(lines, Cell(network, normalization, rule, SGD_LR, strength)))
 
     return _markdown(
         'Table 3: networks',
@@ -155,12 +151,25 @@ def _table3(lines: Lines) -> str:
          for network, paper in _PAPER_3.items()))
 
 
+def _seeds(lines: Lines, cell: Cell) -> list[dict[str, Any]]:
+    """Returns the trainings of a cell with any seed, in the order of the seeds."""
+    found = [other for other in lines if replace(other, seed=cell.seed) == cell]
+    return [lines[other] for other in sorted(found, key=lambda other: other.seed)]
+
+
+def _told_seeds(found: list[dict[str, Any]]) -> str:
+    if len(found) < 2 or any(map(_failed, found)):
+        return ', '.join(map(_told, found)) or 'not run'
+    values = [final_accuracy(line) for line in found]
+    return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} seeds)'
+
+
 def _spread(lines: Lines) -> str:
     def row(rule: str, strength: float) -> list[str]:
-        found = [lines.get(Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)) for scale in SCALES]
-        values = [final_accuracy(line) for line in found if line]
-        spread = f'{max(values) - min(values):.1f}' if len(values) > 1 else ''
-        return [f'{RULES[rule].title}, {strength:g}', *map(_told, found), spread]
+        found = [_seeds(lines, Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)) for scale in SCALES]
+        means = [statistics.mean(map(final_accuracy, seeds)) for seeds in found if seeds]
+        spread = f'{max(means) - min(means):.1f}' if len(means) > 1 else ''
+        return [f'{RULES[rule].title}, {strength:g}', *map(_told_seeds, found), spread]
 
     return _markdown(
         'Figures 5 and 6: initialization times', ('rule', *(f'{scale:g}' for scale in SCALES), 'spread, points'),
@@ -255,15 +264,17 @@ def _effective_lrs(lines: Lines, rules: tuple[tuple[str, float], ...]) -> Figure
 
 
 def _fig56(lines: Lines, rule: str, strength: float) -> Figure | None:
-    found = {scale: lines.get(Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)) for scale in SCALES}
+    found = {scale: _seeds(lines, Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)) for scale in SCALES}
     if not all(found.values()):
         return None
     figure = Figure(figsize=(9, 4), layout='constrained')
     panels = figure.subplots(1, 2, sharey=True)
     for panel, kind in zip(panels, ('train', 'val')):
-        for color, (scale, line) in zip(_COLORS, found.items()):
-            failed = ', not finite' if line['first_nonfinite_step'] is not None else ''
-            _curve(panel, line[f'{kind}_accuracy'], color, f'initialization × {scale:g}{failed}', marker='.')
+        for color, (scale, seeds) in zip(_COLORS, found.items()):
+            failed = ', not finite' if any(line['first_nonfinite_step'] is not None for line in seeds) else ''
+            for index, line in enumerate(seeds):
+                label = '' if index else f'initialization × {scale:g}{failed}'
+                _curve(panel, line[f'{kind}_accuracy'], color, label, marker='.', linewidth=0.8)
         panel.set(xlabel='epoch', ylabel=f'{kind} accuracy, %', title=f'{RULES[rule].title}, {strength:g}')
     panels[0].legend()
     return figure
