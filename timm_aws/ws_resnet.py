@@ -105,7 +105,7 @@ def ws_resnet50(pretrained: bool = False, **kwargs) -> NormalizedResNet:
 
 @register_model
 def ws_resnet50_aws(pretrained: bool = False, **kwargs) -> NormalizedResNet:
-    """Constructs ws_resnet50 as trained with AWS: `ws_resnet50.aws_tin200`, Tiny-ImageNet-200, 48 px."""
+    """Constructs ws_resnet50 as trained with AWS: `ws_resnet50.aws_tin200`, Tiny-ImageNet-200, 64 px."""
     tag = kwargs.pop('pretrained_cfg', None) or 'aws_tin200'
     return ws_resnet50(pretrained, pretrained_cfg=tag, **kwargs)
 
