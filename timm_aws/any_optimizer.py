@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .shrink import DEFAULT_ALPHA, shrink_multiplier
+from .shrink import DEFAULT_ALPHA
 from .shrink_groups import ShrinkGroups, evaluate
 
 __all__ = ['aws_optimizer']
@@ -47,10 +47,11 @@ class _DecoupledShrink(ShrinkGroups):
 
         Raises:
             TypeError: If a gradient is sparse.
+            RuntimeError: If a gradient is not finite, looked for in torch's anomaly mode only.
             ValueError: If the base optimizer sets its learning rate itself (lr=None).
         """
         loss = evaluate(closure)
-        self._refuse_sparse_gradients()
+        self._check_gradients()
         # A second-order optimizer differentiates through the weights in its step: they must not change before it.
         afterwards = []
         for param, multiplier in self._multipliers():
@@ -69,7 +70,7 @@ class _DecoupledShrink(ShrinkGroups):
                 if param.grad is not None and self._shrinks(group, param):
                     if group['lr'] is None:
                         raise ValueError(f'{type(self).__name__} needs a learning rate for the shrink: give lr.')
-                    yield param, shrink_multiplier(param, group['lr'], group[self.alpha_key], group['normalization'])
+                    yield param, self._multiplier(group, param)
 
     def _base_step(self) -> None:
         step: Any = self.base.step

@@ -19,7 +19,7 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from .shrink import DEFAULT_ALPHA, add_shrink, filter_length, shrink_multiplier
+from .shrink import DEFAULT_ALPHA, add_shrink, filter_length
 from .shrink_groups import ShrinkGroups, evaluate
 
 __all__ = ['AwsAdam', 'AwsSGD']
@@ -44,9 +44,10 @@ class _CoupledOrDecoupled(ShrinkGroups):
 
         Raises:
             TypeError: If a gradient is sparse.
+            RuntimeError: If a gradient is not finite, looked for in torch's anomaly mode only.
         """
         loss = evaluate(closure)
-        self._refuse_sparse_gradients()
+        self._check_gradients()
         for group in self.param_groups:
             shrunk = [p for p in group['params'] if self._shrinks(group, p)]
             plain = [p for p in group['params'] if not self._shrinks(group, p)] if shrunk else group['params']
@@ -63,7 +64,7 @@ class _CoupledOrDecoupled(ShrinkGroups):
     def _update_decoupled(self, group: dict[str, Any]) -> None:
         for param in group['params']:
             if param.grad is not None:
-                param.mul_(shrink_multiplier(param, group['lr'], group['alpha'], group['normalization']))
+                param.mul_(self._multiplier(group, param))
         self._update(group)
 
     def _update_coupled(self, group: dict[str, Any]) -> None:
@@ -171,7 +172,8 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
 
     def _update_coupled(self, group):
         params = [p for p in group['params'] if p.grad is not None]
-        if group['nesterov'] or any(self._buffer(p) is None for p in params):
+        # A momentum near 0, by which the shrink is divided below, would make it overflow.
+        if group['nesterov'] or group['momentum'] < 1e-3 or any(self._buffer(p) is None for p in params):
             super()._update_coupled(group)
             return
         # What joins the gradient ends up in the buffer, times 1 - dampening, after the buffer's own decay. So it can be

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-__all__ = ['DEFAULT_ALPHA', 'NORMALIZATIONS', 'add_shrink', 'filter_length', 'shrink_multiplier']
+__all__ = ['DEFAULT_ALPHA', 'NORMALIZATIONS', 'add_shrink', 'filter_length', 'is_free_to_look_at', 'shrink_multiplier']
 
 NORMALIZATIONS = ('ws', 'wn', 'cwn')
 DEFAULT_ALPHA = 2.5e-3  # gives gamma about 1e-4, the paper's best weight decay, at the std of 0.04 of He initialization
@@ -26,35 +26,45 @@ def filter_length(weight: torch.Tensor, normalization: str) -> torch.Tensor:
         normalization: 'ws', 'wn' or 'cwn'.
 
     Returns:
-        Lengths, (out_channels, 1, ...), in float32 for weights of lower precision.
+        Lengths, (out_channels, 1, ...), in float32 for weights of lower precision. Where the squares of a filter
+        overflow, from elements of about 1e19 in float32 on, its length is right on the CPU, and inf on other devices
+        and in compiled code.
     """
     # Reduced over the dimensions as they are: flatten would copy a channels_last weight. (torch.std does the same in
     # ten times the time.)
     dims = tuple(range(1, weight.ndim))
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    length = _length(weight, normalization, dims)
+    if is_free_to_look_at(weight) and not length.sum() < math.inf:
+        largest = weight.abs().amax(dims, keepdim=True)
+        scaled = largest * _length(weight / largest, normalization, dims)
+        length = torch.where(length.isfinite(), length, scaled.clamp_(max=torch.finfo(weight.dtype).max))
+    return length / math.sqrt(math.prod(weight.shape[1:])) if normalization == 'ws' else length
+
+
+def is_free_to_look_at(tensor: torch.Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device or for other processes (a DTensor)."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == 'cpu'
+    return plain and not torch.compiler.is_compiling()
+
+
+def _length(weight: torch.Tensor, normalization: str, dims: tuple[int, ...]) -> torch.Tensor:
+    """Returns ||W|| for 'wn', else ||W - mean W||, from ||W|| and mean W alone where that loses no digits."""
     length = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
     if normalization == 'wn':
         return length
-    mean = weight.mean(dims, keepdim=True)
-    centered = _centered_length(weight, length, mean, dims)
-    return centered / math.sqrt(math.prod(weight.shape[1:])) if normalization == 'ws' else centered
-
-
-def _centered_length(
-        weight: torch.Tensor,
-        length: torch.Tensor,
-        mean: torch.Tensor,
-        dims: tuple[int, ...],
-) -> torch.Tensor:
-    """Returns ||W - mean W||, from ||W|| and mean W alone where that loses no digits to cancellation."""
-    # Where looking at the values means to wait for a device or for other processes (a DTensor), it is not done.
-    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.device.type == 'cpu'
-    if plain and not torch.compiler.is_compiling():
-        square = length.square()
-        rest = torch.addcmul(square, mean, mean, value=-math.prod(weight.shape[1:]))
-        if (rest > 0.5 * square).all():
-            return rest.sqrt_()
-    return torch.linalg.vector_norm(weight - mean, dim=dims, keepdim=True)
+    elements = math.prod(weight.shape[1:])
+    # Not weight.mean: that of a DTensor with fewer filters than processes comes out replicated, and so would the step.
+    mean = weight.sum(dims, keepdim=True) / elements
+    if not is_free_to_look_at(weight):
+        return torch.linalg.vector_norm(weight - mean, dim=dims, keepdim=True)
+    square = length.square()
+    rest = torch.addcmul(square, mean, mean, value=-elements)
+    exact = rest > 0.5 * square
+    if exact.all():
+        return rest.sqrt_()
+    # Filter by filter, so that what is in one does not change the last digit of another.
+    return torch.where(exact, rest.sqrt_(), torch.linalg.vector_norm(weight - mean, dim=dims, keepdim=True))
 
 
 def shrink_multiplier(
@@ -76,7 +86,8 @@ def shrink_multiplier(
     Returns:
         Multipliers, (out_channels, 1, ...).
     """
-    return (1 - lr * (alpha * filter_length(weight, normalization))).clamp_(min=0)
+    # Numbers first: lr * alpha is 0 at lr 0, where a huge alpha times a huge length is inf and 0 * inf is NaN.
+    return (1 - (lr * alpha) * filter_length(weight, normalization)).clamp_(min=0)
 
 
 def add_shrink(

@@ -2,11 +2,12 @@
 import math
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
 
-from .shrink import NORMALIZATIONS
+from .shrink import NORMALIZATIONS, is_free_to_look_at, shrink_multiplier
 
 __all__ = ['ShrinkGroups', 'evaluate']
 
@@ -17,6 +18,7 @@ class ShrinkGroups(torch.optim.Optimizer):
     Mixed in before an optimizer of torch or timm, whose constructor calls `_set_shrink` once it has its groups.
     """
     alpha_key = 'alpha'
+    _stop_was_said = False
 
     def _set_shrink(self, **options: Any) -> None:
         self.defaults.update(options)
@@ -33,49 +35,113 @@ class ShrinkGroups(torch.optim.Optimizer):
                 raise
 
     def _complete_group(self, group: dict[str, Any]) -> None:
-        for key in (self.alpha_key, 'normalization', 'decoupled'):
-            if key in self.defaults:
-                group.setdefault(key, self.defaults[key])
-        _check_group(group, self.alpha_key)
+        for key in self._shrink_keys():
+            group.setdefault(key, self.defaults[key])
+        _check_group(group, self.defaults, self.alpha_key)
+
+    def _shrink_keys(self) -> list[str]:
+        return [key for key in (self.alpha_key, 'normalization', 'decoupled') if key in self.defaults]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the state of this optimizer, or that of its base: groups then keep the shrink they have here."""
-        keys = (self.alpha_key, 'normalization', 'decoupled')
+        """Loads the state of this optimizer, or that of its base.
+
+        As in torch, options in the state replace those of the groups here, `alpha`, `foreach` and `fused` among them.
+        `decoupled` and `normalization` say what the buffers hold and must be the same in both. A key of the shrink
+        that the state lacks, as that of the base does, stays as it is here, and a warning says so.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: If groups differ in number or size, in `decoupled` or in `normalization`.
+        """
         saved_groups = state_dict['param_groups']
-        if len(saved_groups) == len(self.param_groups) and not all(self.alpha_key in group for group in saved_groups):
-            warnings.warn(
-                f'The loaded state holds no {self.alpha_key}: {type(self).__name__} keeps that of its own groups.',
-                stacklevel=2,
-            )
-            own = [{key: group[key] for key in keys if key in group} for group in self.param_groups]
-            state_dict = {**state_dict, 'param_groups': [{**o, **saved} for o, saved in zip(own, saved_groups)]}
+        if len(saved_groups) == len(self.param_groups):  # else torch says so
+            keys = self._shrink_keys()
+            missing = [key for key in keys if not all(key in saved for saved in saved_groups)]
+            if missing:
+                warnings.warn(
+                    f'The loaded state holds no {", ".join(missing)}: {type(self).__name__} keeps that of its own '
+                    f'groups.',
+                    stacklevel=2,
+                )
+            own = [{key: group[key] for key in keys} for group in self.param_groups]
+            merged = [{**kept, **saved} for kept, saved in zip(own, saved_groups)]
+            _check_same_rule(own, merged)
+            state_dict = {**state_dict, 'param_groups': merged}
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            self._complete_group(group)
 
     def _shrinks(self, group: dict[str, Any], param: torch.Tensor) -> bool:
         return group[self.alpha_key] != 0 and param.ndim >= 2
 
-    def _refuse_sparse_gradients(self) -> None:
+    def _multiplier(self, group: dict[str, Any], param: torch.Tensor) -> torch.Tensor:
+        """Computes the decoupled shrink of a parameter; the first that takes a whole filter away is warned of."""
+        multiplier = shrink_multiplier(param, group['lr'], group[self.alpha_key], group['normalization'])
+        if not self._stop_was_said and is_free_to_look_at(param) and (multiplier == 0).any():
+            self._stop_was_said = True
+            warnings.warn(
+                f'{type(self).__name__} shrinks filters of a weight of shape {tuple(param.shape)} to 0, as '
+                f'1 - lr * {self.alpha_key} * length stops there: lower {self.alpha_key}={group[self.alpha_key]!r} or '
+                f'lr={group["lr"]!r}. This is said once.',
+                stacklevel=2,
+            )
+        return multiplier
+
+    def _check_gradients(self) -> None:
         """Looks before anything is updated, so that a step is either taken whole or not at all."""
+        # NaN and inf are looked for in anomaly mode only, as the host waits for the device.
+        anomaly = not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
         for group in self.param_groups:
-            for param in group['params']:
+            for index, param in enumerate(group['params']):
                 if param.grad is not None and param.grad.is_sparse:
                     raise TypeError(
                         f'{type(self).__name__} does not take sparse gradients, but a parameter of shape '
                         f'{tuple(param.shape)} has one: use sparse=False in its nn.Embedding.'
                     )
+                if anomaly and param.grad is not None and not param.grad.isfinite().all():
+                    names = group.get('param_names')
+                    raise RuntimeError(
+                        f'The gradient of the parameter {names[index] if names else f"of shape {tuple(param.shape)}"} '
+                        f'holds NaN or inf: {type(self).__name__} has updated nothing, zero the gradients to go on.'
+                    )
 
 
-def _check_group(group: dict[str, Any], alpha_key: str) -> None:
+def _check_same_rule(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Checks that saved buffers, which hold the shrink or not, go on by the rule that made them."""
+    for index, (here, there) in enumerate(zip(own, saved)):
+        for key in ('decoupled', 'normalization'):
+            if key in here and here[key] != there[key]:
+                raise ValueError(
+                    f'The state was saved with {key}={there[key]!r}, but parameter group {index} has '
+                    f'{key}={here[key]!r}: build the optimizer with {key}={there[key]!r}, or delete {key!r} from the '
+                    f'param_groups of the state to go on with {here[key]!r} from its buffers.'
+                )
+
+
+def _check_group(group: dict[str, Any], defaults: dict[str, Any], alpha_key: str) -> None:
     """Checks the values of one parameter group; torch checks only the constructor's, and lets NaN through."""
-    if not isinstance(group[alpha_key], (int, float)):
+    if not isinstance(group[alpha_key], Real):
         raise TypeError(f'Invalid {alpha_key}: {group[alpha_key]!r}, give a number.')
+    if not isinstance(group.get('decoupled', False), bool):
+        raise TypeError(f'Invalid decoupled: {group["decoupled"]!r}, give True or False.')
     for key in (alpha_key, 'lr', 'momentum', 'dampening', 'weight_decay', 'eps'):
         value = group.get(key)  # of another kind in some optimizers, None for one that is set on the way, for example
-        if isinstance(value, (int, float, torch.Tensor)) and not 0 <= value < math.inf:
-            raise ValueError(f'Invalid {key}: {value!r}, give a finite number of at least 0.')
+        if isinstance(value, (Real, torch.Tensor)):
+            if not 0 <= float(value) < math.inf:
+                raise ValueError(f'Invalid {key}: {value!r}, give a finite number of at least 0.')
+        elif isinstance(value, str) or isinstance(defaults.get(key), Real):
+            raise TypeError(f'Invalid {key}: {value!r}, give a number.')
     for beta in group.get('betas') or ():
-        if isinstance(beta, float) and not 0 <= beta < 1:
+        if isinstance(beta, Real) and not 0 <= float(beta) < 1:
             raise ValueError(f'Invalid betas: {group["betas"]!r}, give numbers of at least 0 and below 1.')
+    _check_normalization(group, alpha_key)
+    _check_params(group)
+
+
+def _check_normalization(group: dict[str, Any], alpha_key: str) -> None:
+    """Checks that what is shrunk has filters whose length does not matter otherwise."""
     normalization = group['normalization']
     if normalization not in (*NORMALIZATIONS, None):
         raise ValueError(
@@ -85,11 +151,21 @@ def _check_group(group: dict[str, Any], alpha_key: str) -> None:
             f'{alpha_key}={group[alpha_key]!r} in a group with normalization=None: weights that are not normalized '
             f'must not be shrunk, set {alpha_key} to 0 or name their normalization.'
         )
+
+
+def _check_params(group: dict[str, Any]) -> None:
     for param in group['params']:
         if param.is_complex():
             raise TypeError(
                 f'Complex parameters have no filter length, but one of shape {tuple(param.shape)} is '
                 f'{param.dtype}: hand it to torch.optim.'
+            )
+        # torch's fused CPU kernels walk the storage in order, gaps and all; empty_like leaves none.
+        gaps = is_free_to_look_at(param) and torch.empty_like(param, device='meta').stride() != param.stride()
+        if group.get('fused') and gaps:
+            raise ValueError(
+                f'fused=True with a parameter whose storage has gaps, shape {tuple(param.shape)}, strides '
+                f'{param.stride()}: make it contiguous, or leave fused out.'
             )
 
 
