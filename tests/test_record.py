@@ -5,7 +5,9 @@ import math
 import pytest
 import timm
 import torch
+import torch.distributed.checkpoint as dcp
 from timm.optim import create_optimizer_v2
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import timm_aws
 from timm_aws.__main__ import main
@@ -83,6 +85,25 @@ def test_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path, killed_after
     model.load_state_dict(checkpoint['model'])
     optimizer.load_state_dict(checkpoint['optimizer'])
     train(model, optimizer, 4, first=4)
+    assert rows_of(tmp_path / 'run.csv') == rows_of(tmp_path / 'whole.csv')
+
+
+def test_run_resumed_by_torch_distributed_checkpoint_has_the_rows_of_an_uninterrupted_one(tmp_path):
+    """It makes the state of a new optimizer by a step of its own at lr 0, which is none of the run."""
+    model, optimizer = make(tmp_path / 'whole.csv')
+    get_state_dict(model, optimizer)
+    train(model, optimizer, 8)
+    for first in (0, 4):
+        model, optimizer = make(tmp_path / 'run.csv')
+        state = dict(zip(('model', 'optimizer'), get_state_dict(model, optimizer)))
+        if first:
+            dcp.load(state, checkpoint_id=tmp_path / 'checkpoint')
+            set_state_dict(
+                model, optimizer, model_state_dict=state['model'], optim_state_dict=state['optimizer'])
+        train(model, optimizer, 4, first=first)
+        if not first:
+            state = dict(zip(('model', 'optimizer'), get_state_dict(model, optimizer)))
+            dcp.save(state, checkpoint_id=tmp_path / 'checkpoint')
     assert rows_of(tmp_path / 'run.csv') == rows_of(tmp_path / 'whole.csv')
 
 

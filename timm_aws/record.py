@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch.distributed.tensor import DTensor
 
 from .effective_lr import equilibrium_angle
 from .shrink import filter_length
@@ -30,7 +31,7 @@ class Recorder:
     learning rate (Eq. 12 and 13 of https://doi.org/10.1609/aaai.v34i04.5904). With tensorboard installed the same goes
     into an event file in the folder of the CSV file's name without its suffix.
 
-    Of several processes only the first writes.
+    Of several processes only the first writes. Steps at learning rate 0 turn nothing and are not counted.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, path: str | os.PathLike, every: int = 50) -> None:
@@ -50,7 +51,9 @@ class Recorder:
         self.path = Path(path)
         self.every = every
         self._names = list(equilibrium_angle(optimizer))  # raises where there is nothing to record
-        self._writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        self._writes = False  # decided at the first step, when the processes know each other
+        # There from the start, as torch.distributed.checkpoint loads only the keys that it finds.
+        optimizer.param_groups[0].setdefault(_STEP, 0)
         self._before: list[torch.Tensor] = []
         self._opened = False
         self._events: Any = None
@@ -64,6 +67,8 @@ class Recorder:
             self._events.close()
 
     def _begin(self, *_) -> None:
+        if self._stands_still():
+            return
         group = self.optimizer.param_groups[0]
         step = group.setdefault(_STEP, 0) + 1
         if not self._opened:
@@ -73,6 +78,8 @@ class Recorder:
 
     @torch.no_grad()
     def _end(self, *_) -> None:
+        if self._stands_still():
+            return
         group = self.optimizer.param_groups[0]
         group[_STEP] += 1
         if not self._before:
@@ -86,9 +93,14 @@ class Recorder:
         equilibria = [angle.median() for angle in equilibrium_angle(self.optimizer).values()]
         self._before = []
         # One transfer from the device for all layers.
-        rows = torch.stack([torch.stack(list(row)) for row in zip(lrs, lengths, angles, equilibria)]).tolist()
+        table = torch.stack([torch.stack(list(row)) for row in zip(lrs, lengths, angles, equilibria)])
+        rows = (table.full_tensor() if isinstance(table, DTensor) else table).tolist()
         if self._writes:
             self._write(self.optimizer.param_groups[0][_STEP], rows)
+
+    def _stands_still(self) -> bool:
+        """Whether this step is at learning rate 0, as the one by which torch.distributed.checkpoint makes a state."""
+        return all(group['lr'] == 0 for group in self.optimizer.param_groups)
 
     def _weights(self) -> Iterator[tuple[dict, torch.Tensor]]:
         for group in self.optimizer.param_groups:
@@ -98,6 +110,7 @@ class Recorder:
     def _open(self, step: int) -> None:
         """Makes the file hold the rows of the steps that have been taken, and no others."""
         self._opened = True
+        self._writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if not self._writes:
             return
         rows = []
