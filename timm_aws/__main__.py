@@ -99,20 +99,22 @@ def _add_traceback(command: argparse.ArgumentParser) -> None:
 
 
 def _in_one_line(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """Makes a command report in one line on stderr, and with exit code 1, what the user can do something about."""
+    """Makes a command report what went wrong in one line on stderr: exit code 1, or 130 if it was interrupted."""
 
     def reporting(options: argparse.Namespace) -> None:
         try:
             return command(options)
         except KeyboardInterrupt:
-            sys.exit(130)
-        except (ValueError, RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+            message, code = 'interrupted, run the same command again', 130
+        except Exception as error:
             if options.traceback:
                 raise
-            message = ' '.join(str(error).split())
+            message, code = ' '.join(str(error).split()), 1
+            if not isinstance(error, (ValueError, RuntimeError, OSError, ImportError, subprocess.CalledProcessError)):
+                message = f'{type(error).__name__}: {message} (--traceback shows where)'  # says little on its own
         gc.collect()  # the error is gone, and with it the frames that it held: a progress bar in them ends its line
         print(f'timm-aws: {message}', file=sys.stderr)
-        sys.exit(1)
+        sys.exit(code)
 
     return reporting
 
@@ -138,7 +140,9 @@ def _publish(options: argparse.Namespace) -> None:
     for name in done.upload:
         size = (options.folder / name).stat().st_size
         print(f'{"would upload" if options.dry_run else "uploaded"} {name}, {size} bytes')
-    if not done.upload:
+    for name in done.remove:
+        print(f'{"would remove" if options.dry_run else "removed"} {name}, which {options.folder} does not have')
+    if not (done.upload or done.remove):
         print('everything is there already')
     print(done.url)
 

@@ -124,11 +124,12 @@ def _check_config(path: Path) -> None:
     config = _read_json(path)
     cfg = config.get('pretrained_cfg')
     if not (isinstance(config.get('architecture'), str) and isinstance(config.get('num_classes'), int)
-            and isinstance(cfg, dict)):
-        raise ValueError(f'{path} must name architecture, num_classes and pretrained_cfg.')
-    told = {part.get('num_classes', config['num_classes']) for part in (cfg, config.get('model_args') or {})}
-    if told != {config['num_classes']}:  # timm would leave the classifier at its random initialization
-        raise ValueError(f'{path} disagrees with itself on num_classes: {config["num_classes"]} and {sorted(told)}.')
+            and isinstance(cfg, dict) and isinstance(config.get('model_args') or {}, dict)):
+        raise ValueError(f'{path} must name architecture, num_classes and pretrained_cfg, and model_args as an object.')
+    for part in (cfg, config.get('model_args') or {}):
+        told = part.get('num_classes', config['num_classes'])
+        if told != config['num_classes']:  # timm would leave the classifier at its random initialization
+            raise ValueError(f'{path} disagrees with itself on num_classes: {config["num_classes"]} and {told!r}.')
     if elsewhere := {'url', 'file', 'state_dict', 'hf_hub_filename', 'source'} & set(cfg):
         raise ValueError(f'{path} names another source of weights by {", ".join(sorted(elsewhere))}: remove that.')
     size = cfg.get('input_size')

@@ -179,7 +179,10 @@ def _validate(
     ]
     with tempfile.TemporaryDirectory() as aside:
         path = Path(aside, 'results.json')
-        subprocess.run([*command, '--results-file', str(path), '--results-format', 'json'], check=True, cwd=aside)
+        # In a session of its own Ctrl-C does not reach it, to end in a traceback: it is killed from here.
+        subprocess.run(
+            [*command, '--results-file', str(path), '--results-format', 'json'],
+            check=True, cwd=aside, start_new_session=True)
         found = json.loads(path.read_text())
     return {
         **{key: found[key] for key in ('top1', 'top5', 'img_size', 'crop_pct', 'interpolation')},
@@ -239,6 +242,8 @@ def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> d
     for key, value in other.items():
         values = value if isinstance(value, list) else [] if value is True else [value]
         words += [f"--{key.replace('_', '-')}", *map(str, values)]
+    if args is not final and stage.epochs < args['epochs']:
+        words.append(f' # the next run starts from epoch {stage.epochs} of {args["epochs"]}')
     told: dict[str, Any] = {'command': ' '.join(words), 'epochs': stage.epochs}
     if (stage.run / 'args.yaml').is_file():
         # From the start of the run, or its last --resume, to the moment the checkpoint was written.

@@ -1,7 +1,8 @@
 """From a checkpoint folder to its repository on the Hugging Face Hub.
 
-All files go up in one commit, which the Hub applies whole or not at all. What of them is there already, from this or an
-earlier try, is not sent again: huggingface_hub's client asks before it sends.
+All files go up in one commit, which the Hub applies whole or not at all, and only to the commit that they were compared
+with: of two who publish different folders at once, the second is told so. What of them is there already, from this or
+an earlier try, is not sent again: huggingface_hub's client asks before it sends.
 """
 import contextlib
 import tempfile
@@ -12,8 +13,9 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import safe_open
 
 from . import checkpoints
 
@@ -42,10 +44,12 @@ class Publication:
     Attributes:
         url: Address of the repository, or of its branch.
         upload: Files, in order, that are not yet there as they are here.
+        remove: Files of an earlier checkpoint there that this one does not have.
         commit: Commit that holds the folder; None in a dry run.
     """
     url: str
     upload: tuple[str, ...]
+    remove: tuple[str, ...]
     commit: str | None
 
 
@@ -75,50 +79,71 @@ def publish(
     """
     checkpoints.check_folder(folder)
     try:
+        _check_shapes(folder)
         expected = _logits(folder)
     except Exception as error:  # timm and torch raise whatever is wrong with config or weights leads to
         raise ValueError(f'{folder} cannot be loaded: {error}') from error
+    if not expected.isfinite().all():
+        raise ValueError(f'{folder} gives logits that are not finite.')
     api = HfApi(library_name='timm_aws')
     url = f'{api.endpoint}/{repo_id}' + (f'/tree/{revision}' if revision else '')
     if not get_token() and not dry_run:
         raise RuntimeError('There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.')
     with _plain_errors(repo_id, 'was not published'):
-        upload = _missing(api, folder, repo_id, revision)
-        if dry_run:
-            return Publication(url, upload, None)
-        commit = _upload(api, folder, repo_id, upload, private, revision)
+        head = None if dry_run else _make_branch(api, repo_id, private, revision)
+        upload, remove = _difference(api, folder, repo_id, head or revision)
+        if head is None:
+            return Publication(url, upload, remove, None)
+        commit = _commit(api, folder, repo_id, upload, remove, revision, head)
     with _plain_errors(repo_id, 'was published, but could not be fetched back to be compared'):
         _compare(api, folder, repo_id, commit, expected)
-    return Publication(url, upload, commit)
+    return Publication(url, upload, remove, commit)
 
 
-def _upload(
-        api: HfApi,
-        folder: Path,
-        repo_id: str,
-        names: tuple[str, ...],
-        private: bool,
-        revision: str | None,
-) -> str:
-    """Makes repository and branch where there are none, commits the files, and returns the commit that has them all."""
+def _make_branch(api: HfApi, repo_id: str, private: bool, revision: str | None) -> str:
+    """Makes repository and branch where there are none; returns the branch's last commit."""
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    if not names:
-        return str(api.model_info(repo_id, revision=revision).sha)
-    operations = [CommitOperationAdd(name, folder / name) for name in names]
-    message = f'{folder.name}: {", ".join(names)}'
-    return api.create_commit(repo_id, operations, commit_message=message, revision=revision).oid
+    return str(api.model_info(repo_id, revision=revision).sha)
 
 
-def _missing(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> tuple[str, ...]:
-    """Returns the names of the files that the repository does not have as they are."""
+def _commit(
+        api: HfApi,
+        folder: Path,
+        repo_id: str,
+        upload: tuple[str, ...],
+        remove: tuple[str, ...],
+        revision: str | None,
+        head: str,
+) -> str:
+    """Commits the difference to `head`, and to no other commit; returns the commit that holds the folder."""
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationAdd(name, folder / name) for name in upload),
+        *(CommitOperationDelete(name) for name in remove),
+    ]
+    if not operations:
+        return head
+    message = f'{folder.name}: {", ".join(upload + remove)}'
+    return api.create_commit(
+        repo_id, operations, commit_message=message, revision=revision, parent_commit=head).oid
+
+
+def _difference(
+        api: HfApi,
+        folder: Path,
+        repo_id: str,
+        revision: str | None,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the names of the files that the repository does not have as they are, and of those that it has alone."""
     names = sorted(path.name for path in folder.iterdir())
+    absent = sorted({checkpoints.CURVES, checkpoints.PICTURE} - set(names))  # the only ones that may be
     try:
-        there = {file.path: file for file in api.get_paths_info(repo_id, names, revision=revision)}
+        there = {file.path: file for file in api.get_paths_info(repo_id, names + absent, revision=revision)}
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        return tuple(names)
-    return tuple(name for name in names if name not in there or not _same(folder / name, there[name]))
+        return tuple(names), ()
+    upload = tuple(name for name in names if name not in there or not _same(folder / name, there[name]))
+    return upload, tuple(name for name in absent if name in there)
 
 
 def _same(path: Path, remote) -> bool:
@@ -139,6 +164,19 @@ def _compare(api: HfApi, folder: Path, repo_id: str, commit: str, logits: torch.
             raise RuntimeError(f'{repo_id} as fetched from the Hub gives other logits than {folder}.')
 
 
+def _check_shapes(folder: Path) -> None:
+    """Compares config and weights without memory for either: a config can ask for a network of any size."""
+    with torch.device('meta'):
+        model: Any = timm.create_model(f'local-dir:{folder}')
+    with safe_open(folder / checkpoints.WEIGHTS, 'pt') as weights:
+        stored = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    asked = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(stored.keys() | asked.keys()):
+        if stored.get(name) != asked.get(name):
+            raise ValueError(f'{name} is {stored.get(name)} in {checkpoints.WEIGHTS}, and {asked.get(name)} by '
+                             f'{checkpoints.CONFIG}')
+
+
 def _logits(folder: Path) -> torch.Tensor:
     """Computes the logits for one image of noise, always the same."""
     model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
@@ -154,15 +192,18 @@ def _plain_errors(repo_id: str, outcome: str) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise ValueError(f'repo_id {repo_id!r} is not of the form owner/name: {str(error).splitlines()[0]}') from error
-    except (_TRANSPORT_ERROR, RuntimeError) as error:
-        # The client reports a failed upload of a large file by a RuntimeError that the Hub's answer caused.
-        answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
-        if isinstance(error, RuntimeError) and answer is None:
-            raise
-        reason = 'the connection to the Hub broke, run the command again'
-        if isinstance(answer, HfHubHTTPError):
-            status = answer.response.status_code
-            words = (answer.server_message or '').splitlines()
+    except (_TRANSPORT_ERROR, RuntimeError, OSError) as error:
+        # The client wraps what happens to a large file in a RuntimeError, and some failures in a FileNotFoundError.
+        cause = error if isinstance(error, _TRANSPORT_ERROR) else error.__cause__ or error
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            words = (cause.server_message or '').splitlines()
             reason = _REASONS.get(status, f'the Hub failed with status {status}, run the command again later')
             reason += f' (it says: {words[0]})' if words else ''
+        elif isinstance(cause, _TRANSPORT_ERROR):
+            reason = 'the connection to the Hub broke, run the command again'
+        elif isinstance(cause, OSError):  # of the folder or the disk
+            reason = str(cause)
+        else:
+            raise
         raise RuntimeError(f'{repo_id} {outcome}: {reason}.') from error

@@ -1,5 +1,6 @@
 """The card of a checkpoint folder, its README.md: what a reader on the Hugging Face Hub needs to use and judge it."""
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +155,14 @@ def _training(args: dict[str, Any], results: dict[str, Any], folder: Path) -> st
 
 Learning rate over filter length after each epoch ([data](effective_lr.csv)), the median of each layer's filters.
 '''
+    text = _filled(
+        f'`{args["opt"]}`{f" ({options})" if options else ""}, momentum {args["momentum"]}, batch size '
+        f'{args["batch_size"]}, {sum(stage["epochs"] for stage in stages)} epochs{seen}, {total["hours"]:.1f} hours on '
+        f'{results["hardware"]}, seed {results["seed"]}. {_weights_taken(results)} Every option is in '
+        f"[args.yaml](args.yaml), to be used with timm's unmodified train.py:")
     return f'''## Training
 
-`{args["opt"]}`{f" ({options})" if options else ""}, momentum {args["momentum"]}, batch size {args["batch_size"]},
-{sum(stage["epochs"] for stage in stages)} epochs{seen}, {total["hours"]:.1f} hours on {results["hardware"]}, seed
-{results["seed"]}. {_weights_taken(results)} Every option is in [args.yaml](args.yaml), to be used with timm's
-unmodified train.py:
+{text}
 
 ```bash
 {chr(10).join(stage["command"] for stage in stages)}
@@ -176,10 +179,13 @@ def _weights_taken(results: dict[str, Any]) -> str:
 
 def _limits(config: dict[str, Any], results: dict[str, Any]) -> str:
     height, width = config['pretrained_cfg']['input_size'][1:]
-    return f'''## Limits
+    text = (
+        f'The network has seen {results["dataset"]} and nothing else: it knows {config["num_classes"]} classes, calls '
+        f'everything by one of their names, and expects small photographs ({height} × {width} pixels). This is no '
+        f"ImageNet-1k model and its accuracy cannot be compared with one's. The terms of the images it was trained on "
+        f'apply beside the licence of the weights.')
+    return f'## Limits\n\n{_filled(text)}\n'
 
-The network has seen {results["dataset"]} and nothing else: it knows {config["num_classes"]} classes, calls everything
-by one of their names, and expects small photographs ({height} × {width} pixels). This is no ImageNet-1k model and its
-accuracy cannot be compared with one's. The terms of the images it was trained on apply beside the licence of the
-weights.
-'''
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)

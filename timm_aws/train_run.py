@@ -11,6 +11,16 @@ from .shrink import filter_length
 __all__ = ['Checkpoint', 'find_checkpoint', 'layers_of', 'load_checkpoint', 'stages_of']
 
 
+_CONTENT = {'args': argparse.Namespace, 'state_dict': dict, 'optimizer': dict, 'epoch': int}
+# The options of train.py that an export needs; it knows many more.
+_OPTIONS = {
+    'data_dir', 'device', 'eval_metric', 'gp', 'img_size', 'in_chans', 'initial_checkpoint', 'model', 'model_kwargs',
+    'num_classes', 'seed', 'train_split', 'val_split', 'workers',
+}
+# Arguments of timm.create_model that load weights. train.py gives them itself, so its --model-kwargs cannot.
+_LOADING = {'checkpoint_path', 'pretrained'}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint of timm's train.py.
@@ -71,17 +81,35 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except Exception as error:  # torch raises whatever the damage leads to
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f'{path} cannot be read as a checkpoint: {reason}') from error
-    if not (isinstance(content, dict) and isinstance(content.get('args'), argparse.Namespace)
-            and isinstance(content.get('state_dict'), dict)):
-        raise ValueError(f"{path} is not a checkpoint of timm's train.py: it needs args and state_dict.")
+    problem = _problem(content)
+    if problem:
+        raise ValueError(f"{path} is not a checkpoint of timm's train.py: {problem}.")
     return Checkpoint(path.resolve(), dict(vars(content['args'])), content)
+
+
+def _problem(content: Any) -> str:
+    """Says why something is not what train.py saves; nothing if it is."""
+    if not isinstance(content, dict):
+        return f'it holds a {type(content).__name__}'
+    wrong = [key for key, kind in _CONTENT.items() if not isinstance(content.get(key), kind)]
+    if wrong:
+        return f'it needs {" and ".join(wrong)}'
+    args = vars(content['args'])
+    if missing := _OPTIONS - set(args):
+        return f'its args lack {", ".join(sorted(missing))}'
+    if not isinstance(args['model_kwargs'], dict) or _LOADING & set(args['model_kwargs']):
+        return f'its model_kwargs are {args["model_kwargs"]!r}'
+    return ''
 
 
 def stages_of(checkpoint: Checkpoint) -> list[Checkpoint]:
     """Follows --initial-checkpoint back: where each run that led to the checkpoint ended, the first first."""
     stages = [checkpoint]
     while (start := stages[0].args['initial_checkpoint']) and Path(start).is_file():
-        stages.insert(0, load_checkpoint(Path(start)))
+        stage = load_checkpoint(Path(start))
+        if stage.path in [known.path for known in stages]:  # written over by the run that started from it
+            break
+        stages.insert(0, stage)
     return stages
 
 
