@@ -24,8 +24,7 @@ import timm
 import timm_aws  # noqa: F401  registers the names
 
 _BY_NAME = ('test_models.py', 'test_optim.py')
-_AS_THEY_ARE = (
-    'test_checkpoint_*.py', 'test_factory.py', 'test_hub.py', 'test_layers*.py', 'test_task.py', 'test_utils.py')
+_AS_THEY_ARE = ('test_factory.py', 'test_hub.py', 'test_layers*.py', 'test_task.py', 'test_utils.py')
 _EXCEPTED_BY_TIMM = ('kron*', 'adahessian')
 
 
