@@ -3,6 +3,7 @@
 Read off the data flow with torch.fx rather than off the order of definition: pre-activation blocks define a norm right
 behind a convolution whose output it never sees, and separable convolutions hide theirs in the parent module.
 """
+import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -51,6 +52,10 @@ _PASSING_FUNCTIONS = (torch.cat, 'permute', 'contiguous')
 _METADATA = (getattr, 'size', 'dim')  # looks at the shape, not at the values
 
 
+# torch.fx puts its own into nn.Module while it traces: two threads at a time would trace each other's modules.
+_TRACING = threading.Lock()
+
+
 class _Tracer(torch.fx.Tracer):
     """Traces down to single layers; modules of the `opaque` types are not looked into."""
 
@@ -76,7 +81,8 @@ def _trace(root: nn.Module) -> tuple[torch.fx.Graph | None, set[type]]:
     while True:
         tracer = _Tracer(opaque)
         try:
-            return tracer.trace(root), opaque
+            with _TRACING:
+                return tracer.trace(root), opaque
         except Exception:  # anything can come out of a forward that is given proxies in place of tensors
             if tracer.failed is None:
                 return None, opaque

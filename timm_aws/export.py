@@ -130,7 +130,7 @@ def _write_config(
     data = resolve_data_config({**args, 'img_size': img_size or args['img_size']}, model=model)
     reduction = model.feature_info[-1]['reduction']
     model.pretrained_cfg = {
-        **model.pretrained_cfg, **data, 'tag': tag, 'license': license,
+        **model.pretrained_cfg, **data, 'tag': tag, 'license': license, 'num_classes': model.num_classes,
         'pool_size': tuple(math.ceil(size / reduction) for size in data['input_size'][1:]),
     }
     config = {'label_names': list(names), 'label_descriptions': names} if (names := _labels(labels)) else {}

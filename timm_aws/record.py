@@ -87,14 +87,13 @@ class Recorder:
         lengths, angles, lrs = [], [], []
         for before, (group_of_weight, weight) in zip(self._before, self._weights()):
             normalization = group_of_weight['normalization']
-            lengths.append(filter_length(before, normalization).median())
-            angles.append(_angle(before, weight, normalization).median())
+            lengths.append(_median(filter_length(before, normalization)))
+            angles.append(_median(_angle(before, weight, normalization)))
             lrs.append(torch.as_tensor(group_of_weight['lr'], dtype=torch.float32, device=weight.device))
-        equilibria = [angle.median() for angle in equilibrium_angle(self.optimizer).values()]
+        equilibria = [_median(angle) for angle in equilibrium_angle(self.optimizer).values()]
         self._before = []
         # One transfer from the device for all layers.
-        table = torch.stack([torch.stack(list(row)) for row in zip(lrs, lengths, angles, equilibria)])
-        rows = (table.full_tensor() if isinstance(table, DTensor) else table).tolist()
+        rows = torch.stack([torch.stack(list(row)) for row in zip(lrs, lengths, angles, equilibria)]).tolist()
         if self._writes:
             self._write(self.optimizer.param_groups[0][_STEP], rows)
 
@@ -140,6 +139,11 @@ class Recorder:
         if self._events is not None:
             for name, (lr, length, *_) in zip(self._names, rows):
                 self._events.add_scalar(f'effective_lr/{name}', lr / length, step)
+
+
+def _median(values: torch.Tensor) -> torch.Tensor:
+    """Returns the median of what all processes hold together."""
+    return (values.full_tensor() if isinstance(values, DTensor) else values).median()
 
 
 def _angle(before: torch.Tensor, after: torch.Tensor, normalization: str) -> torch.Tensor:
