@@ -1,0 +1,100 @@
+"""One training step of ws_resnet50 with aws_sgd beside resnet50 with torch's fused SGD: all of it, on random images."""
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+
+import timm_aws
+
+from .turns import about, compare, save, show, take_turns
+
+__all__ = ['train']
+
+ROUNDS = 9
+BASE, OURS = 'resnet50, torch SGD fused', 'ws_resnet50, aws_sgd fused'
+
+
+def train(batch_size: int, img_size: int) -> None:
+    """Checks, times, prints and writes."""
+    error = _check(img_size)
+    modes = {}
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        for bf16 in (False, True):
+            for channels_last in (False, True):
+                for compiled in (False, True) if threads == 2 else (False,):
+                    title = ', '.join((
+                        f'{threads} threads', 'bf16 autocast' if bf16 else 'fp32',
+                        'channels_last' if channels_last else 'contiguous', 'compiled' if compiled else 'eager'))
+                    modes[title] = _mode(title, batch_size, img_size, bf16, channels_last, compiled)
+    save('train', {
+        **about(f'train --batch-size {batch_size} --img-size {img_size}'), 'rounds': ROUNDS,
+        'error_of_the_logits': error, 'modes': modes,
+    })
+
+
+@torch.no_grad()
+def _check(img_size: int) -> float:
+    """Compares ws_resnet50 with resnet50 whose weights were standardized in float64; returns the largest error."""
+    ours = timm.create_model('ws_resnet50').eval()
+    plain = timm.create_model('resnet50').eval()
+    weights = ours.state_dict()
+    for name in timm_aws.normalized_weights(ours):
+        weight = weights[name].double()
+        centered = weight - weight.mean((1, 2, 3), keepdim=True)
+        weights[name] = (centered / centered.square().mean((1, 2, 3), keepdim=True).sqrt()).float()
+    plain.load_state_dict(weights)
+    images = torch.randn(4, 3, img_size, img_size)
+    expected = plain(images)
+    error = ((ours(images) - expected).abs().max() / expected.abs().max()).item()
+    if error > 1e-4:
+        raise ValueError(f'ws_resnet50 is {error:.1e} away from resnet50 with weights standardized in float64.')
+    return error
+
+
+def _mode(
+        title: str,
+        batch_size: int,
+        img_size: int,
+        bf16: bool,
+        channels_last: bool,
+        compiled: bool,
+) -> dict[str, dict[str, float]]:
+    torch._dynamo.reset()
+    rows = {
+        name: _step(model, opt, batch_size, img_size, bf16, channels_last, compiled)
+        for name, model, opt in ((BASE, 'resnet50', 'momentum'), (OURS, 'ws_resnet50', 'aws_sgd'))
+    }
+    measured = compare(take_turns(title, rows, ROUNDS), dict.fromkeys(rows, BASE))
+    show(title, measured)
+    return measured
+
+
+def _step(
+        name: str,
+        opt: str,
+        batch_size: int,
+        img_size: int,
+        bf16: bool,
+        channels_last: bool,
+        compiled: bool,
+) -> Callable[[], None]:
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model: Any = timm.create_model(name, num_classes=200).to(device, memory_format=memory_format)
+    optimizer = create_optimizer_v2(model, opt, lr=0.1, weight_decay=1e-4, fused=True)
+    forward = torch.compile(model) if compiled else model
+    images = torch.randn(batch_size, 3, img_size, img_size, device=device).to(memory_format=memory_format)
+    labels = torch.arange(batch_size, device=device) % 200
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(forward(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
