@@ -14,6 +14,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+import timm_aws
 from timm_aws.checkpoints import sha256
 from timm_aws.hub import publish
 
@@ -200,3 +201,24 @@ def test_registering_from_threads_twice_and_after_timm_was_used(before, after):
     code = REGISTER.format(before=before, after=after)
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, '', '')
+
+
+def test_networks_are_built_in_threads_while_another_runs():
+    model, image, done = timm.create_model('test_ws_resnet').eval(), torch.ones(1, 3, 48, 48), threading.Event()
+    expected, built = model(image), []
+
+    def build():
+        built.extend(timm_aws.normalized_weights(timm.create_model('test_ws_resnet')) for _ in range(10))
+
+    def build_all():
+        threads = [threading.Thread(target=build) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        done.set()
+
+    threading.Thread(target=build_all).start()
+    while not done.is_set():
+        assert torch.equal(model(image), expected)
+    assert built == [timm_aws.normalized_weights(model)] * 30

@@ -52,7 +52,7 @@ _PASSING_FUNCTIONS = (torch.cat, 'permute', 'contiguous')
 _METADATA = (getattr, 'size', 'dim')  # looks at the shape, not at the values
 
 
-# torch.fx puts its own into nn.Module while it traces: two threads at a time would trace each other's modules.
+# torch.fx replaces nn.Module.__call__ for all threads while it traces: one may do so at a time.
 _TRACING = threading.Lock()
 
 
@@ -63,11 +63,14 @@ class _Tracer(torch.fx.Tracer):
         super().__init__()
         self.opaque = opaque
         self.failed: nn.Module | None = None  # the innermost module whose forward could not be traced
+        self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in self.opaque or next(m.children(), None) is None or _is_norm(m)
 
     def call_module(self, m, forward, args, kwargs):
+        if threading.get_ident() != self.thread:  # a network that runs meanwhile
+            return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
