@@ -87,10 +87,11 @@ class Recorder:
         lengths, angles, lrs = [], [], []
         for before, (group_of_weight, weight) in zip(self._before, self._weights()):
             normalization = group_of_weight['normalization']
-            lengths.append(_median(filter_length(before, normalization)))
-            angles.append(_median(_angle(before, weight, normalization)))
+            start, end = _whole(before), _whole(weight)
+            lengths.append(filter_length(start, normalization).median())
+            angles.append(_angle(start, end, normalization).median())
             lrs.append(torch.as_tensor(group_of_weight['lr'], dtype=torch.float32, device=weight.device))
-        equilibria = [_median(angle) for angle in equilibrium_angle(self.optimizer).values()]
+        equilibria = [_whole(angle).median() for angle in equilibrium_angle(self.optimizer).values()]
         self._before = []
         # One transfer from the device for all layers.
         rows = torch.stack([torch.stack(list(row)) for row in zip(lrs, lengths, angles, equilibria)]).tolist()
@@ -141,9 +142,9 @@ class Recorder:
                 self._events.add_scalar(f'effective_lr/{name}', lr / length, step)
 
 
-def _median(values: torch.Tensor) -> torch.Tensor:
-    """Returns the median of what all processes hold together."""
-    return (values.full_tensor() if isinstance(values, DTensor) else values).median()
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns what all processes hold together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _angle(before: torch.Tensor, after: torch.Tensor, normalization: str) -> torch.Tensor:
