@@ -48,9 +48,18 @@ def test_costs_are_those_of_the_benchmark():
         assert (milliseconds, ratio) == (f'{rows[name]["ms"]:.1f}', f'{rows[name]["ratio"]:.2f}')
 
 
-def test_table_of_checkpoints_is_what_the_script_makes():
-    spec = importlib.util.spec_from_file_location('zoo_table', ROOT / 'scripts' / 'zoo_table.py')
-    zoo_table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(zoo_table)
-    assert zoo_table.BEGIN + zoo_table.table() + zoo_table.END in README, 'run python scripts/zoo_table.py'
-    assert zoo_table.table().count('\n') == 2 + len(list((ROOT / 'weights').iterdir()))
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'scripts' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('name', ['zoo_table', 'tested_table'])
+def test_tables_are_what_the_scripts_make(name):
+    module = script(name)
+    assert module.BEGIN + module.table() + module.END in README, f'run python scripts/{name}.py'
+
+
+def test_every_checkpoint_is_in_the_table():
+    assert script('zoo_table').table().count('\n') == 2 + len(list((ROOT / 'weights').iterdir()))
