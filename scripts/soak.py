@@ -24,6 +24,7 @@ from pathlib import Path
 
 import timm
 import torch
+from benchmarks.step import Params, make_params
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 
@@ -34,7 +35,6 @@ RESULTS = Path(__file__).parent / 'results'
 LR = 1e-3
 SETTLE = 1000
 MAX_MEMORY, MAX_TIME = 1.01, 1.1
-Params = list[torch.nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,6 @@ ROWS = {
         lambda p: AwsSGD(p, torch.tensor(LR), momentum=0.9), lambda p: torch.optim.SGD(p, LR, momentum=0.9),
         compiled=True, one_in=10),
 }
-
-
-def make_params() -> Params:
-    """Returns parameters of the shapes of ws_resnet18 with gradients, drawn at random with the size of trained ones."""
-    with torch.device('meta'):
-        shapes = [p.shape for p in timm.create_model('ws_resnet18').parameters()]
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.04) for shape in shapes]
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator) * 0.01
-    return params
 
 
 def memory() -> int:
@@ -89,10 +78,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def soak(name: str, steps: int) -> dict:
     """Takes the steps of one row; returns what was measured."""
     row = ROWS[name]
-    params = make_params()
+    params = make_params('ws_resnet18')
     optimizer = row.make(params)
     step = torch.compile(optimizer.step, backend='eager') if row.compiled else optimizer.step
-    peer = row.make_peer(make_params())
+    peer = row.make_peer(make_params('ws_resnet18'))
     settle = min(SETTLE, steps // 3)
     times, peer_times, memories, base_graphs = [], [], [], 0
     for index in tqdm(range(steps), desc=name, unit='step', leave=False, disable=None):
@@ -151,6 +140,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--steps', type=int, default=20_000, help='how many (default: 20000)')
     steps = parser.parse_args().steps
+    if steps < 1000:
+        parser.error('--steps must be 1000 or more: the compiled row takes a tenth, torch its tenth of that')
     rows = {}
     for name, row in ROWS.items():
         rows[name] = measured = soak(name, steps // row.one_in)

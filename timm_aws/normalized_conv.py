@@ -97,7 +97,7 @@ class NormalizedConv2d(nn.Conv2d):
 
     def normalized_weight(self) -> torch.Tensor:
         """Returns W', the weight that forward convolves with, in the shape of `weight`; each layer has its own."""
-        raise NotImplementedError
+        raise NotImplementedError('This is the base of three layers: use WSConv2d, WNConv2d or CWNConv2d.')
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(input, self.normalized_weight(), self.bias)

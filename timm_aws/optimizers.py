@@ -80,7 +80,7 @@ class _CoupledOrDecoupled(ShrinkGroups):
             gradient: Callable[[torch.Tensor], torch.Tensor] = _own_gradient,
     ) -> None:
         """Takes torch's step on a group, with what `gradient` makes of a parameter as its gradient; SGD's or Adam's."""
-        raise NotImplementedError
+        raise NotImplementedError('This is what AwsSGD and AwsAdam have in common: use one of them.')
 
     def _match_layout(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> list[torch.Tensor]:
         """Brings state and gradients into the memory format of their parameters; returns the gradients.

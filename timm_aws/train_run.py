@@ -10,7 +10,6 @@ from .shrink import filter_length
 
 __all__ = ['Checkpoint', 'find_checkpoint', 'layers_of', 'load_checkpoint', 'stages_of']
 
-
 _CONTENT = {'args': argparse.Namespace, 'state_dict': dict, 'optimizer': dict, 'epoch': int}
 # The options of train.py that an export needs; it knows many more.
 _OPTIONS = {
