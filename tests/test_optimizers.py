@@ -10,6 +10,7 @@ import pytest
 import reference
 import timm.optim
 import torch
+from torch._dynamo.utils import counters
 
 from timm_aws import AwsAdam, AwsSGD
 from timm_aws.any_optimizer import aws_optimizer
@@ -505,3 +506,30 @@ def test_compiled_step_equals_eager(cls, decoupled):
     # A compiled torch.optim.Adam counts its steps in a float32 tensor, which shows in the bias correction.
     atol = 1e-7 if cls is AwsSGD else 5e-6
     torch.testing.assert_close(compiled.detach(), eager.detach(), rtol=1e-6, atol=atol)
+
+
+@pytest.mark.parametrize(('cls', 'decoupled'), [(AwsSGD, False), (AwsSGD, True), (AwsAdam, True)])
+def test_step_compiled_for_the_cpu_equals_eager_as_one_graph_for_every_lr(cls, decoupled):
+    """With torch's own code generator, over what it cannot reduce and update in one graph by itself."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (64, 16, 3, 3), (64, 64, 1, 1), (10, 64), (64,)
+    weights = [torch.randn(shape, generator=generator) * 0.05 for shape in shapes]
+    options = {'alpha': 0.5, 'decoupled': decoupled, **({'momentum': 0.9} if cls is AwsSGD else {})}
+    eager, compiled = (
+        cls([torch.nn.Parameter(weight.clone()) for weight in weights], lr=torch.tensor(0.1), **options)
+        for _ in range(2))
+    torch._dynamo.reset()
+    counters.clear()
+    step = torch.compile(compiled.step)
+    for lr in (0.1, 0.1, 0.01, 0.001):
+        for optimizer in (eager, compiled):
+            optimizer.param_groups[0]['lr'].fill_(lr)
+        for one, other in zip(*(optimizer.param_groups[0]['params'] for optimizer in (eager, compiled))):
+            one.grad = torch.randn(one.shape, generator=generator) * 0.01
+            other.grad = one.grad.clone()
+        eager.step()
+        step()
+    for one, other in zip(*(optimizer.param_groups[0]['params'] for optimizer in (eager, compiled))):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=5e-6)
+    assert not counters['graph_break']
+    assert counters['stats']['unique_graphs'] <= 2  # the first step, which makes the state, and the others

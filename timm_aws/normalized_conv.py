@@ -20,7 +20,8 @@ from timm.layers import BatchNormAct2d, Conv2dSame, conv2d_same, register_notrac
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .data_flow import conv_norm_pairs
-from .shrink import NORMALIZATIONS
+from .kept import Kept, can_be_kept
+from .shrink import NORMALIZATIONS, hand_over
 
 __all__ = ['CWNConv2d', 'WNConv2d', 'WSConv2d', 'convert', 'fold_normalization']
 
@@ -43,8 +44,14 @@ def standardize_weight(weight: torch.Tensor, eps: float = _EPS) -> torch.Tensor:
     Returns:
         Tensor of the same shape.
     """
+    return _standardize(weight, eps)[0]
+
+
+def _standardize(weight: torch.Tensor, eps: float = _EPS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the standardized filters and 1 / std of each, which torch.layer_norm computes as well, but keeps."""
     rows = weight.flatten(1)
-    return F.layer_norm(rows, rows.shape[1:], eps=eps).view_as(weight)
+    standardized, _, reciprocal_std = torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)
+    return standardized.view_as(weight), reciprocal_std
 
 
 def normalize_weight(weight: torch.Tensor, eps: float = _EPS) -> torch.Tensor:
@@ -75,6 +82,25 @@ def center_weight(weight: torch.Tensor, eps: float = _EPS) -> torch.Tensor:
     return (F.layer_norm(rows, rows.shape[1:], eps=eps) * rows.shape[1] ** -0.5).view_as(weight)
 
 
+_kept_in_eval = Kept()
+
+
+def _weight_to_use(conv: 'NormalizedConv2d') -> torch.Tensor:
+    """Returns the normalized weight; in evaluation on the CPU that of the last call, if the weight is what it was."""
+    weight = conv.weight
+    if conv.training or torch.is_grad_enabled() or not can_be_kept(weight):
+        return conv.normalized_weight()
+    # What torch does not see, its fused optimizers and edits of `.data`, shows in the sums. They take a tenth of the
+    # time, most of which goes into the memory of a new weight.
+    seen = type(conv), weight.sum(tuple(range(1, weight.ndim)))
+    kept = _kept_in_eval.get(weight)
+    if kept is not None and kept[0] is seen[0] and torch.equal(kept[1], seen[1]):
+        return kept[2]
+    normalized = conv.normalized_weight()
+    _kept_in_eval.put(weight, (*seen, normalized))
+    return normalized
+
+
 class NormalizedConv2d(nn.Conv2d):
     """A nn.Conv2d that convolves with `normalized_weight()`; the base of the three layers.
 
@@ -100,7 +126,16 @@ class NormalizedConv2d(nn.Conv2d):
         raise NotImplementedError('This is the base of three layers: use WSConv2d, WNConv2d or CWNConv2d.')
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(input, self.normalized_weight(), self.bias)
+        if torch.jit.is_scripting():
+            weight = self.normalized_weight()
+        else:
+            weight = _weight_to_use(self)
+        return self._conv_forward(input, weight, self.bias)
+
+    def train(self, mode: bool = True) -> 'NormalizedConv2d':
+        """Sets the mode, and frees the weight that evaluation has kept."""
+        _kept_in_eval.forget(self.weight)
+        return super().train(mode)
 
     def fuse(self) -> nn.Conv2d:
         """Returns a plain nn.Conv2d with the same output, the normalized weight as its weight."""
@@ -118,7 +153,10 @@ class WSConv2d(NormalizedConv2d):
     normalization = 'ws'
 
     def normalized_weight(self) -> torch.Tensor:
-        return standardize_weight(self.weight)
+        weight, reciprocal_std = _standardize(self.weight)
+        if not torch.jit.is_scripting():
+            hand_over(self.weight, reciprocal_std)
+        return weight
 
 
 class WNConv2d(NormalizedConv2d):

@@ -19,7 +19,7 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from .shrink import DEFAULT_ALPHA, add_shrink, filter_length
+from .shrink import DEFAULT_ALPHA, add_shrink, length_for_step
 from .shrink_groups import ShrinkGroups, evaluate
 
 __all__ = ['AwsAdam', 'AwsSGD']
@@ -49,6 +49,7 @@ class _CoupledOrDecoupled(ShrinkGroups):
         loss = evaluate(closure)
         self._check_gradients()
         for group in self.param_groups:
+            self._make_state(group)
             shrunk = [p for p in group['params'] if self._shrinks(group, p)]
             plain = [p for p in group['params'] if not self._shrinks(group, p)] if shrunk else group['params']
             self._update({**group, 'params': plain})
@@ -60,6 +61,9 @@ class _CoupledOrDecoupled(ShrinkGroups):
                 else:
                     self._update_coupled(batch)
         return loss
+
+    def _make_state(self, group: dict[str, Any]) -> None:
+        """Makes the state that torch's update wants to find there, if it wants any."""
 
     def _update_decoupled(self, group: dict[str, Any]) -> None:
         for param in group['params']:
@@ -179,7 +183,7 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
         # What joins the gradient ends up in the buffer, times 1 - dampening, after the buffer's own decay. So it can be
         # put there beforehand, in place, where a gradient to add it to would have to be a new tensor.
         for param in params:
-            gamma = group['alpha'] * filter_length(param, group['normalization'])
+            gamma = group['alpha'] * length_for_step(param, group['normalization'])
             share = (1 - group['dampening']) / group['momentum']
             self.state[param]['momentum_buffer'].addcmul_(param, gamma, value=share)
         self._update(group)
@@ -287,22 +291,23 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
         super()._complete_group(group)
         group['decoupled_weight_decay'] = group['decoupled']
 
+    def _make_state(self, group):
+        # With the group itself: torch.compile knows this method of torch's optimizers by its arguments.
+        self._init_group(group, [], [], [], [], [], [])
+
     def _update(self, group, gradient=_own_gradient):
-        lists: list[list[torch.Tensor]] = [[] for _ in range(6)]
-        params, _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
-        if group['fused']:
-            self._match_layout([p for p in group['params'] if p in self.state], [])
-        self._init_group(group, *lists)
+        params = [p for p in group['params'] if p.grad is not None]
         grads = [gradient(p) for p in params]
         if group['fused']:
             grads = self._match_layout(params, grads)
+        states = [self.state[p] for p in params]
         adam(
             params,
             grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            steps,
+            [state['exp_avg'] for state in states],
+            [state['exp_avg_sq'] for state in states],
+            [state['max_exp_avg_sq'] for state in states] if group['amsgrad'] else [],
+            [state['step'] for state in states],
             amsgrad=group['amsgrad'],
             beta1=group['betas'][0],
             beta2=group['betas'][1],

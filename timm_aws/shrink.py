@@ -12,10 +12,23 @@ import math
 
 import torch
 
-__all__ = ['DEFAULT_ALPHA', 'NORMALIZATIONS', 'add_shrink', 'filter_length', 'is_free_to_look_at', 'shrink_multiplier']
+from .kept import Kept, can_be_kept
+
+__all__ = [
+    'DEFAULT_ALPHA',
+    'NORMALIZATIONS',
+    'add_shrink',
+    'filter_length',
+    'hand_over',
+    'is_free_to_look_at',
+    'length_for_step',
+    'shrink_multiplier',
+]
 
 NORMALIZATIONS = ('ws', 'wn', 'cwn')
 DEFAULT_ALPHA = 2.5e-3  # gives gamma about 1e-4, the paper's best weight decay, at the std of 0.04 of He initialization
+# Of what a forward hands over: its layers add 1e-16 to the variance, 1e-6 of it at a std of 1e-5.
+_LARGEST_RECIPROCAL = 1e5
 
 
 def filter_length(weight: torch.Tensor, normalization: str) -> torch.Tensor:
@@ -27,13 +40,14 @@ def filter_length(weight: torch.Tensor, normalization: str) -> torch.Tensor:
 
     Returns:
         Lengths, (out_channels, 1, ...), in float32 for weights of lower precision. Where the squares of a filter
-        overflow, from elements of about 1e19 in float32 on, its length is right on the CPU, and inf on other devices
-        and in compiled code.
+        overflow, from elements of about 1e19 in float32 on, its length is right on the CPU and inf on other devices.
     """
+    if torch.compiler.is_compiling() and _is_plain(weight):
+        return _filter_length_as_operator(weight, normalization)
     # Reduced over the dimensions as they are: flatten would copy a channels_last weight. (torch.std does the same in
     # ten times the time.)
     dims = tuple(range(1, weight.ndim))
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = weight.to(_length_dtype(weight))
     length = _length(weight, normalization, dims)
     if is_free_to_look_at(weight) and not length.sum() < math.inf:
         largest = weight.abs().amax(dims, keepdim=True)
@@ -42,10 +56,29 @@ def filter_length(weight: torch.Tensor, normalization: str) -> torch.Tensor:
     return length / math.sqrt(math.prod(weight.shape[1:])) if normalization == 'ws' else length
 
 
+# One operator, so that what is compiled measures as eager code does. torch 2.15 also fails to compile for the CPU what
+# both reduces a weight and updates it (KeyError in torch._inductor, pytorch issue 196570).
+@torch.library.custom_op('timm_aws::filter_length', mutates_args=())
+def _filter_length_as_operator(weight: torch.Tensor, normalization: str) -> torch.Tensor:
+    return filter_length(weight, normalization)
+
+
+@_filter_length_as_operator.register_fake
+def _(weight: torch.Tensor, normalization: str) -> torch.Tensor:
+    return weight.new_empty((weight.shape[0], *[1] * (weight.ndim - 1)), dtype=_length_dtype(weight))
+
+
+def _length_dtype(weight: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
 def is_free_to_look_at(tensor: torch.Tensor) -> bool:
     """Whether values can be looked at without waiting for a device or for other processes (a DTensor)."""
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == 'cpu'
-    return plain and not torch.compiler.is_compiling()
+    return _is_plain(tensor) and not torch.compiler.is_compiling()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == 'cpu'
 
 
 def _length(weight: torch.Tensor, normalization: str, dims: tuple[int, ...]) -> torch.Tensor:
@@ -65,6 +98,46 @@ def _length(weight: torch.Tensor, normalization: str, dims: tuple[int, ...]) -> 
         return rest.sqrt_()
     # Filter by filter, so that what is in one does not change the last digit of another.
     return torch.where(exact, rest.sqrt_(), torch.linalg.vector_norm(weight - mean, dim=dims, keepdim=True))
+
+
+_handed_over = Kept()
+
+
+def hand_over(weight: torch.Tensor, reciprocal_std: torch.Tensor) -> None:
+    """Takes over what the forward of Weight Standardization has measured, for the step after it: `length_for_step`.
+
+    Left alone where nobody will ask (no gradient), and where filters are so short or so long that the eps of the
+    forward, or an overflow, shows in what it has measured.
+
+    Args:
+        weight: Filters, (out_channels, ...).
+        reciprocal_std: 1 / std of each filter, out_channels elements.
+    """
+    if not (can_be_kept(weight) and weight.requires_grad and torch.is_grad_enabled()):
+        return
+    lowest, highest = reciprocal_std.aminmax()
+    if lowest > 0 and highest < _LARGEST_RECIPROCAL and reciprocal_std.dtype == _length_dtype(weight):
+        std = reciprocal_std.detach().reciprocal()
+        _handed_over.put(weight, std.view(-1, *[1] * (weight.ndim - 1)))
+
+
+def length_for_step(weight: torch.Tensor, normalization: str) -> torch.Tensor:
+    """Returns `filter_length` of a weight that is about to be updated, as its forward has measured it if it has.
+
+    A length that was handed over is good for one step: torch does not see that a fused step changes the weight.
+
+    Args:
+        weight: Filters, (out_channels, ...).
+        normalization: 'ws', 'wn' or 'cwn'.
+
+    Returns:
+        Lengths, (out_channels, 1, ...).
+    """
+    std = _handed_over.get(weight) if normalization == 'ws' and can_be_kept(weight) else None
+    if std is None:
+        return filter_length(weight, normalization)
+    _handed_over.forget(weight)
+    return std
 
 
 def shrink_multiplier(
@@ -87,7 +160,7 @@ def shrink_multiplier(
         Multipliers, (out_channels, 1, ...).
     """
     # Numbers first: lr * alpha is 0 at lr 0, where a huge alpha times a huge length is inf and 0 * inf is NaN.
-    return (1 - (lr * alpha) * filter_length(weight, normalization)).clamp_(min=0)
+    return (1 - (lr * alpha) * length_for_step(weight, normalization)).clamp_(min=0)
 
 
 def add_shrink(
@@ -109,5 +182,5 @@ def add_shrink(
     Returns:
         New tensor in the shape, the dtype and the memory format of the weight.
     """
-    shrunk = (weight * (alpha * filter_length(weight, normalization))).to(weight.dtype)
+    shrunk = (weight * (alpha * length_for_step(weight, normalization))).to(weight.dtype)
     return shrunk.sub_(grad) if maximize else shrunk.add_(grad)
