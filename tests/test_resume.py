@@ -199,7 +199,7 @@ def images(tmp_path):
     return tmp_path / 'images'
 
 
-def _start_train_py(images, experiment, *options):
+def _start_train_py(images, experiment, record, *options):
     scripts = os.environ.get('TIMM_SCRIPTS')
     if not scripts:
         pytest.skip("train.py is not in timm's wheel: TIMM_SCRIPTS names no folder of timm's scripts")
@@ -207,13 +207,14 @@ def _start_train_py(images, experiment, *options):
         [sys.executable, str(Path(scripts, 'train.py').resolve()), '--data-dir', str(images), '--no-aug',
          '--device', 'cpu', '--device-modules', 'timm_aws', '--model', 'test_ws_resnet', '--num-classes', '3',
          '--img-size', '32', '--batch-size', '2', '--workers', '0', '--epochs', '2', '--warmup-epochs', '0',
-         '--opt', 'aws_sgd', '--opt-kwargs', 'alpha=0.5', '--lr', '0.05', '--weight-decay', '0.01',
-         '--log-interval', '1', '--output', str(images.parent), '--experiment', experiment, *options],
+         '--opt', 'aws_sgd', '--opt-kwargs', 'alpha=0.5', f'record={images.parent / record}', '--lr', '0.05',
+         '--weight-decay', '0.01', '--log-interval', '1', '--output', str(images.parent), '--experiment', experiment,
+         *options],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
 def test_train_py_goes_on_exactly_after_it_was_killed_in_the_middle_of_an_epoch(images):
-    killed = _start_train_py(images, 'killed')
+    killed = _start_train_py(images, 'killed', 'interrupted.csv')
     log = []
     for line in killed.stderr:
         log.append(line)
@@ -222,8 +223,9 @@ def test_train_py_goes_on_exactly_after_it_was_killed_in_the_middle_of_an_epoch(
     assert killed.wait() == -signal.SIGKILL, ''.join(log[-20:])
     folder = images.parent
     assert sorted(path.name for path in folder.glob('killed/*checkpoint*')) == ['checkpoint-0.pth.tar']
-    resumed = _start_train_py(images, 'resumed', '--resume', str(folder / 'killed' / 'last.pth.tar'))
-    whole = _start_train_py(images, 'whole')
+    resumed = _start_train_py(
+        images, 'resumed', 'interrupted.csv', '--resume', str(folder / 'killed' / 'last.pth.tar'))
+    whole = _start_train_py(images, 'whole', 'whole.csv')
     log, whole_log = resumed.communicate()[1], whole.communicate()[1]
     assert (resumed.returncode, whole.returncode) == (0, 0), log[-2000:] + whole_log[-2000:]
     assert 'Train: 0 [' not in log
@@ -235,3 +237,6 @@ def test_train_py_goes_on_exactly_after_it_was_killed_in_the_middle_of_an_epoch(
         assert _equal(first.content[key], second.content[key]), key
     assert {(group['alpha'], group['normalization']) for group in first.content['optimizer']['param_groups']} == {
         (0.5, 'ws'), (0., None)}
+    record = (folder / 'whole.csv').read_text()
+    assert (folder / 'interrupted.csv').read_text() == record
+    assert {line.split(',')[0] for line in record.splitlines()[1:]} == {'1', '51'}
