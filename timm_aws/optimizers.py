@@ -102,7 +102,7 @@ class _CoupledOrDecoupled(ShrinkGroups):
 def _uses_foreach(group: dict[str, Any], params: list[torch.Tensor]) -> bool:
     """Whether torch takes its multi-tensor update for these parameters."""
     if group['foreach'] is None and not group['fused']:
-        return bool(params) and params[0].is_cuda
+        return len(params) > 0 and params[0].is_cuda
     return bool(group['foreach'])
 
 
