@@ -21,7 +21,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     options = {
         step: {'--model': 'ws_resnet50'},
-        train: {'--batch-size': 32, '--img-size': 128},
+        train: {'--batch-size': 64, '--img-size': 128},
         infer: {'--img-size': 224},
         startup: {},
         scale: {},

@@ -14,7 +14,7 @@ from .turns import about, compare, save, show, take_turns
 
 __all__ = ['infer']
 
-ROUNDS = 15
+ROUNDS = 9
 BASE_OF = {
     'resnet50': 'resnet50',
     'resnet50, batch norm fused': 'resnet50, batch norm fused',
@@ -30,9 +30,9 @@ def infer(img_size: int) -> None:
     images = torch.randn(4, 3, img_size, img_size, device=next(models['resnet50'].parameters()).device)
     error = _check(models, images)
     modes = {}
-    for threads in (2, 1):
+    for threads, batch_sizes in ((2, (1, 32)), (1, (1,))):
         torch.set_num_threads(threads)
-        for batch_size in (1, 32):
+        for batch_size in batch_sizes:
             for memory_format in (torch.contiguous_format, torch.channels_last):
                 layout = 'channels_last' if memory_format is torch.channels_last else 'contiguous'
                 title = f'{threads} threads, batch {batch_size}, {layout}'

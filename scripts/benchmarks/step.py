@@ -1,7 +1,8 @@
 """One optimizer step over the parameters of a model, beside the optimizers that people use.
 
 Each of our rows is held against Eq. 21 in float64 at this very size before it is timed. Nesterov momentum is off
-everywhere.
+everywhere. In training a step comes after a forward, which hands over what it has measured of the filters: so it does
+before the rows `after a forward`, outside of their time.
 """
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 
-from timm_aws import AwsAdam, AwsSGD
+from timm_aws import AwsAdam, AwsSGD, WSConv2d
 
 from .turns import about, compare, save, show, take_turns
 
@@ -20,6 +21,13 @@ LR, MOMENTUM, ALPHA, DECAY = 1e-3, 0.9, 2.5e-3, 1e-4
 ROUNDS = 21
 SGD = {'lr': LR, 'momentum': MOMENTUM}
 Params = list[torch.nn.Parameter]
+AFTER_FORWARD = ', after a forward'
+
+
+def _compiled(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    optimizer.step = torch.compile(optimizer.step)
+    return optimizer
+
 
 # Name to what makes the optimizer; the first of a family is what the others are compared with.
 FAMILIES: dict[str, dict[str, Callable[[Params], torch.optim.Optimizer]]] = {
@@ -28,9 +36,13 @@ FAMILIES: dict[str, dict[str, Callable[[Params], torch.optim.Optimizer]]] = {
         'torch SGD, foreach': lambda p: torch.optim.SGD(p, **SGD, weight_decay=DECAY, foreach=True),
         'torch SGD, loop': lambda p: torch.optim.SGD(p, **SGD, weight_decay=DECAY, foreach=False),
         'AwsSGD, fused': lambda p: AwsSGD(p, **SGD, alpha=ALPHA, fused=True),
+        f'AwsSGD, fused{AFTER_FORWARD}': lambda p: AwsSGD(p, **SGD, alpha=ALPHA, fused=True),
         'AwsSGD, foreach': lambda p: AwsSGD(p, **SGD, alpha=ALPHA, foreach=True),
         'AwsSGD, loop': lambda p: AwsSGD(p, **SGD, alpha=ALPHA, foreach=False),
-        'AwsSGD, fused, decoupled': lambda p: AwsSGD(p, **SGD, alpha=ALPHA, fused=True, decoupled=True),
+        f'AwsSGD, fused, decoupled{AFTER_FORWARD}': lambda p: AwsSGD(
+            p, **SGD, alpha=ALPHA, fused=True, decoupled=True),
+        'AwsSGD, compiled': lambda p: _compiled(
+            AwsSGD(p, lr=torch.tensor(LR), momentum=MOMENTUM, alpha=ALPHA)),  # a number would be compiled in
         **{
             f'timm {name}': lambda p, name=name: create_optimizer_v2(
                 p, name, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, nesterov=False)
@@ -42,6 +54,7 @@ FAMILIES: dict[str, dict[str, Callable[[Params], torch.optim.Optimizer]]] = {
         'torch AdamW, foreach': lambda p: torch.optim.AdamW(p, LR, weight_decay=DECAY, foreach=True),
         'torch AdamW, loop': lambda p: torch.optim.AdamW(p, LR, weight_decay=DECAY, foreach=False),
         'AwsAdam, fused': lambda p: AwsAdam(p, LR, alpha=ALPHA, fused=True),
+        f'AwsAdam, fused{AFTER_FORWARD}': lambda p: AwsAdam(p, LR, alpha=ALPHA, fused=True),
         'AwsAdam, foreach': lambda p: AwsAdam(p, LR, alpha=ALPHA, foreach=True),
         'AwsAdam, loop': lambda p: AwsAdam(p, LR, alpha=ALPHA, foreach=False),
         'timm adamp': lambda p: create_optimizer_v2(p, 'adamp', lr=LR, weight_decay=DECAY, nesterov=False),
@@ -66,12 +79,29 @@ def params_of_shapes(shapes: list[torch.Size] | list[tuple[int, ...]]) -> Params
     return params
 
 
-def check(make: Callable[[Params], torch.optim.Optimizer], model: str) -> float:
+def forward_of(params: Params) -> Callable[[], None]:
+    """Returns what a training forward does to the weights of the convolutions among the parameters."""
+    convs = []
+    for param in params:
+        if param.ndim == 4:
+            conv = WSConv2d(param.shape[1], param.shape[0], param.shape[2:], bias=False, device='meta')
+            conv.weight = param
+            convs.append(conv)
+
+    def forward() -> None:
+        for conv in convs:
+            conv.normalized_weight()
+
+    return forward
+
+
+def check(make: Callable[[Params], torch.optim.Optimizer], model: str, after_forward: bool = False) -> float:
     """Takes two steps of one of our optimizers and of Eq. 21 in float64.
 
     Args:
         make: Makes the optimizer.
         model: Name of the model.
+        after_forward: Whether each step comes after a forward.
 
     Returns:
         The largest error of a weight, relative to the largest weight of its tensor.
@@ -82,8 +112,10 @@ def check(make: Callable[[Params], torch.optim.Optimizer], model: str) -> float:
     params = make_params(model)
     starts = [p.detach().double() for p in params]
     optimizer = make(params)
-    optimizer.step()
-    optimizer.step()
+    for _ in range(2):
+        if after_forward:
+            forward_of(params)()
+        optimizer.step()
     twin, = optimizer.param_groups
     expected = [_two_steps(start, p.grad.double(), twin) for start, p in zip(starts, params)]
     error = max(((p.double() - e).abs().max() / e.abs().max()).item() for p, e in zip(params, expected))
@@ -116,15 +148,17 @@ def _two_steps(weight: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) 
 def step(model: str) -> None:
     """Checks, times, prints and writes."""
     errors = {
-        name: check(make, model)
+        name: check(make, model, name.endswith(AFTER_FORWARD))
         for family in FAMILIES.values() for name, make in family.items() if name.startswith('Aws')
     }
     optimizers = {name: make(make_params(model)) for family in FAMILIES.values() for name, make in family.items()}
+    before = {name: forward_of(optimizer.param_groups[0]['params']) for name, optimizer in optimizers.items()
+              if name.endswith(AFTER_FORWARD)}
     base_of = {name: next(iter(family)) for family in FAMILIES.values() for name in family}
     threads = {}
     for count in (2, 1):
         torch.set_num_threads(count)
-        times = take_turns(f'{count} threads', {name: o.step for name, o in optimizers.items()}, ROUNDS)
+        times = take_turns(f'{count} threads', {name: o.step for name, o in optimizers.items()}, ROUNDS, before)
         threads[count] = compare(times, base_of)
         show(f'One step over the parameters of {model}, {count} threads', threads[count])
     save('step', {

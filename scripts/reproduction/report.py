@@ -50,6 +50,13 @@ def final_accuracy(line: dict[str, Any]) -> float:
     return line['val_accuracy'][-1] if line['first_nonfinite_step'] is None else 100 / line['num_classes']
 
 
+def _setting(rule: str, strength: float) -> str:
+    """Names a rule and its strength, alpha or weight decay."""
+    if rule == 'none':
+        return RULES[rule].title
+    return f'{RULES[rule].title}, {"α" if rule.startswith("aws") else "λ"} = {strength:g}'
+
+
 def _failed(line: dict[str, Any]) -> bool:
     return line['first_nonfinite_step'] is not None or final_accuracy(line) < 1.5 * 100 / line['num_classes']
 
@@ -169,7 +176,7 @@ def _spread(lines: Lines) -> str:
         found = [_seeds(lines, Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)) for scale in SCALES]
         means = [statistics.mean(map(final_accuracy, seeds)) for seeds in found if seeds]
         spread = f'{max(means) - min(means):.1f}' if len(means) > 1 else ''
-        return [f'{RULES[rule].title}, {strength:g}', *map(_told_seeds, found), spread]
+        return [_setting(rule, strength), *map(_told_seeds, found), spread]
 
     return _markdown(
         'Figures 5 and 6: initialization times', ('rule', *(f'{scale:g}' for scale in SCALES), 'spread, points'),
@@ -256,7 +263,7 @@ def _effective_lrs(lines: Lines, rules: tuple[tuple[str, float], ...]) -> Figure
     for panel, line, (rule, strength) in zip(panels, found, rules):
         for index, rates in enumerate(zip(*line['effective_lr'])):
             _curve(panel, rates, colors(index / max(1, len(line['layers']) - 1)), '')
-        panel.set(title=f'{RULES[rule].title}, {strength:g}', xlabel='epoch', yscale='log')
+        panel.set(title=_setting(rule, strength), xlabel='epoch', yscale='log')
     panels[0].set_ylabel('effective learning rate, lr / std')
     bar = figure.colorbar(ScalarMappable(cmap=colors), ax=panels, ticks=[0, 1])
     bar.ax.set_yticklabels(['first layer', 'last layer'])
@@ -275,7 +282,7 @@ def _fig56(lines: Lines, rule: str, strength: float) -> Figure | None:
             for index, line in enumerate(seeds):
                 label = '' if index else f'initialization × {scale:g}{failed}'
                 _curve(panel, line[f'{kind}_accuracy'], color, label, marker='.', linewidth=0.8)
-        panel.set(xlabel='epoch', ylabel=f'{kind} accuracy, %', title=f'{RULES[rule].title}, {strength:g}')
+        panel.set(xlabel='epoch', ylabel=f'{kind} accuracy, %', title=_setting(rule, strength))
     panels[0].legend()
     return figure
 
@@ -291,7 +298,7 @@ def _heat_maps(lines: Lines, preset: Preset) -> Figure | None:
     colors = colormaps['cividis']
     for panel, (rule, strength) in zip(panels.flat, strengths.items()):
         _heat_map(panel, _square(lines, rule, strength), colors, shade)
-        panel.set_title(f'{RULES[rule].title}' + (f', {strength:g}' if strength else ''), fontsize=10)
+        panel.set_title(_setting(rule, strength), fontsize=10)
     figure.colorbar(ScalarMappable(shade, colors), ax=panels, label='validation accuracy, %')
     figure.supxlabel('initialization times')
     figure.supylabel('learning rate')
