@@ -12,13 +12,12 @@ Writes one line of JSON a run to scripts/results/init_scale.jsonl, and the pictu
 """
 import argparse
 import json
-import os
-import platform
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import timm
 import torch
+from provenance import hardware, versions
 from quickstart import accuracy, load_images, train_epoch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -65,8 +64,7 @@ def run(rule: str, scale: float) -> dict:
     return {
         'rule': rule, 'scale': scale, 'model': 'ws_resnet18', 'dataset': 'scikit-learn digits, 1437 + 360 images',
         'settings': RULES[rule], 'lr': LR, 'epochs': EPOCHS, 'seed': SEED,
-        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'timm_aws': timm_aws.__version__},
-        'command': 'python scripts/init_scale.py', 'hardware': f'{os.cpu_count()} cores, {platform.machine()} CPU',
+        'versions': versions(), 'command': 'python scripts/init_scale.py', 'hardware': hardware('cpu'),
         'accuracy': accuracies, 'median_std': [float(f'{std:.4g}') for std in stds],
     }
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,15 +19,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from provenance import hardware, versions
 from reproduction import images as image_sets
 from reproduction.grid import EXPERIMENTS, PRESETS, Cell, Preset, cells_of
 from reproduction.images import Images
 from reproduction.training import train_cell
 from tqdm import tqdm
-
-import timm_aws
 
 RESULTS = Path(__file__).parent / 'results'
 _worker: dict[str, Any] = {}
@@ -113,12 +110,9 @@ def run(options: argparse.Namespace) -> None:
 def _about(options: argparse.Namespace, images: Images) -> dict[str, Any]:
     commit = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True,
                             cwd=Path(__file__).parent).stdout.strip()
-    hardware = torch.cuda.get_device_name() if options.device.startswith('cuda') else (
-        f'{os.cpu_count()} cores, {platform.machine()} CPU')
     return {
         'dataset': images.name, 'num_classes': images.num_classes, 'preset': options.preset, 'commit': commit,
-        'hardware': hardware,
-        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'timm_aws': timm_aws.__version__},
+        'hardware': hardware(options.device), 'versions': versions(),
     }
 
 

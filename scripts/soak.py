@@ -6,29 +6,31 @@ Steps over the parameters of ws_resnet18, gradients given, the learning rate ano
 thousand steps leave behind is the base. After them no step may compile anything, resident memory may never be 1 % above
 what it was then, and from the first quarter of the rest to the last the median time of a step may grow by less than
 10 %. A tenth of the steps is followed by one of torch's own optimizer over parameters of its own, and the growth is
-that of the ratio of the two, as a machine does not keep its speed for minutes. The compiled row takes a tenth of the
-steps; its backend is `eager`, as what is looked for is Dynamo compiling again.
+that of the ratio of the two, as a machine does not keep its speed for minutes; then memory is looked at. The compiled
+row takes a tenth of the steps; its backend is `eager`, as what is looked for is Dynamo compiling again. Each row has a
+process of its own, as what one leaves in memory would count in the next.
 
 Prints a line a row, writes scripts/results/soak.json, and ends in an error if something grew. Linux only.
 """
 import argparse
+import ctypes
 import json
 import math
+import multiprocessing
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 from benchmarks.step import Params, make_params
+from provenance import hardware, versions
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 
-import timm_aws
 from timm_aws import AwsAdam, AwsSGD
 
 RESULTS = Path(__file__).parent / 'results'
@@ -58,7 +60,8 @@ ROWS = {
 
 
 def memory() -> int:
-    """Returns the resident memory of this process in bytes."""
+    """Returns the resident memory of this process in bytes, less the freed blocks that the allocator holds on to."""
+    ctypes.CDLL(None).malloc_trim(0)  # they come and go, tens of MiB from one step to the next
     return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
@@ -91,11 +94,11 @@ def soak(name: str, steps: int) -> dict:
             base_graphs = graphs()
         if index >= settle:
             times.append(duration)
-            memories.append(memory())
         if index % 10 == 0:
             peer_duration = timed(peer.step)
             if index >= settle:
                 peer_times.append(peer_duration)
+                memories.append(memory())
     if row.compiled and not base_graphs:
         raise ValueError(f'{name} compiled nothing.')
     if not all(param.isfinite().all() for param in params):
@@ -144,7 +147,8 @@ def main() -> None:
         parser.error('--steps must be 1000 or more: the compiled row takes a tenth, torch its tenth of that')
     rows = {}
     for name, row in ROWS.items():
-        rows[name] = measured = soak(name, steps // row.one_in)
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
+            rows[name] = measured = process.submit(soak, name, steps // row.one_in).result()
         print(f'{name:18s} {measured["steps"]:6d} steps  {measured["mib_settled"]:8.1f} to '
               f'{measured["mib_highest"]:.1f} MiB  '
               f'{measured["ms_first_quarter"]:.2f} to {measured["ms_last_quarter"]:.2f} ms a step  '
@@ -152,8 +156,7 @@ def main() -> None:
     result = {
         'command': f'python scripts/soak.py --steps {steps}', 'model': 'ws_resnet18', 'rows': rows,
         'threads': torch.get_num_threads(),
-        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'timm_aws': timm_aws.__version__},
-        'hardware': f'{os.cpu_count()} cores, {platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}',
+        'versions': versions(), 'hardware': hardware('cpu'),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / 'soak.json').write_text(json.dumps(result, indent=2) + '\n')

@@ -9,15 +9,13 @@ scripts/results/tests.json, and writes the table anew. tests/test_readme.py fail
 import argparse
 import ast
 import json
-import os
 import platform
 from collections import Counter
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import timm
-import torch
+from provenance import hardware, versions
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / 'README.md'
@@ -64,8 +62,7 @@ def _subject(module: str) -> str:
 def table() -> str:
     """Returns the whole table with what it was made on."""
     runs = json.loads(RESULTS.read_text())
-    heads = {name: f'timm {run["versions"]["timm"]}, torch {run["versions"]["torch"]}' for name, run in runs.items()}
-    head = ['what', 'command', *(f'{heads[name]}: cases, failures' for name in runs)]
+    head = ['what', 'command', *(f'{_heading(run["versions"])}: cases, failures' for run in runs.values())]
     lines = [head, ['---'] * len(head)]
     for row in runs['newest']['rows']:
         same = [[found for found in run['rows'] if found['what'] == row['what']] for run in runs.values()]
@@ -73,6 +70,10 @@ def table() -> str:
     lines.append(['together', '`scripts/test.sh`, `scripts/test_lowest.sh`',
                   *(_told(run['rows']) for run in runs.values())])
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def _heading(versions: dict[str, str]) -> str:
+    return f'timm {versions["timm"]}, torch {versions["torch"].partition("+")[0]}'
 
 
 def _told(rows: list[dict[str, Any]]) -> str:
@@ -86,9 +87,7 @@ def main() -> None:
     ours, of_timm = (count(ROOT / 'build' / name) for name in REPORTS[run])
     runs = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     runs[run] = {
-        'versions': {'python': platform.python_version(), 'timm': timm.__version__,
-                     'torch': torch.__version__.partition('+')[0]},
-        'hardware': f'{os.cpu_count()} cores, {platform.machine()} CPU',
+        'versions': {'python': platform.python_version(), **versions()}, 'hardware': hardware('cpu'),
         'rows': rows(ours, of_timm),
     }
     RESULTS.write_text(json.dumps({name: runs[name] for name in REPORTS if name in runs}, indent=2) + '\n')

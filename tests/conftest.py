@@ -2,11 +2,14 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from loopback_hub import LoopbackHub
 
+sys.path.insert(0, str(Path(__file__).parent.parent / 'scripts'))  # where scripts find each other
 HUB = LoopbackHub().start()
 _HOME = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)

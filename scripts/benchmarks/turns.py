@@ -1,19 +1,15 @@
 """Takes the times of several things in turn, so that a drift of the machine meets them all alike."""
 import gc
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from provenance import hardware, versions
 from tqdm import tqdm
-
-import timm_aws
 
 __all__ = ['about', 'compare', 'save', 'show', 'take_turns']
 
@@ -21,13 +17,19 @@ RESULTS = Path(__file__).parent.parent / 'results'
 WARM_UP = 3
 
 
-def take_turns(title: str, rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def take_turns(
+        title: str,
+        rows: dict[str, Callable[[], Any]],
+        rounds: int,
+        before: dict[str, Callable[[], Any]] | None = None,
+) -> dict[str, list[float]]:
     """Calls each row once a round.
 
     Args:
         title: What is measured, for the progress bar.
         rows: Name to what is called.
         rounds: Rounds that count; three more come before them.
+        before: Name of a row to what is called before it, outside of the time.
 
     Returns:
         Name to milliseconds, one a round.
@@ -36,6 +38,8 @@ def take_turns(title: str, rows: dict[str, Callable[[], Any]], rounds: int) -> d
     gc.collect()
     for index in tqdm(range(WARM_UP + rounds), desc=title, unit='round', leave=False, disable=None):
         for name, call in rows.items():
+            if before and name in before:
+                before[name]()
             _wait_for_device()
             start = time.perf_counter()
             call()
@@ -70,11 +74,10 @@ def compare(times: dict[str, list[float]], base_of: dict[str, str]) -> dict[str,
 
 def about(command: str) -> dict[str, Any]:
     """Returns what every result tells of its origin."""
-    cpu = f'{os.cpu_count()} cores, {platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}'
     return {
         'command': f'python scripts/bench.py {command}',
-        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'timm_aws': timm_aws.__version__},
-        'hardware': torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        'versions': versions(),
+        'hardware': hardware('cuda' if torch.cuda.is_available() else 'cpu'),
     }
 
 
