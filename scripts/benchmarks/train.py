@@ -16,7 +16,7 @@ from .turns import about, compare, save, show, take_turns
 
 __all__ = ['train']
 
-ROUNDS = 7
+ROUNDS = 5
 MODES = (  # threads, bf16 autocast, channels_last, compiled
     *itertools.product((2,), (False, True), (False, True), (False,)),
     *itertools.product((2,), (False, True), (True,), (True,)),
