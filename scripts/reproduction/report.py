@@ -298,7 +298,7 @@ def _heat_maps(lines: Lines, preset: Preset) -> Figure | None:
     colors = colormaps['cividis']
     for panel, (rule, strength) in zip(panels.flat, strengths.items()):
         _heat_map(panel, _square(lines, rule, strength), colors, shade)
-        panel.set_title(_setting(rule, strength), fontsize=10)
+        panel.set_title(_setting(rule, strength), fontsize=9)
     figure.colorbar(ScalarMappable(shade, colors), ax=panels, label='validation accuracy, %')
     figure.supxlabel('initialization times')
     figure.supylabel('learning rate')
