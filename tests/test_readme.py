@@ -40,6 +40,15 @@ def test_spreads_over_the_initializations_are_those_of_the_data():
     assert f'end {decay:.0f} times apart under weight decay and {aws:.0f} times under AWS' in README.replace('\n', ' ')
 
 
+@pytest.mark.parametrize('file', ['README.md', 'scripts/results/README.md'])
+def test_spreads_under_decay_and_aws_are_those_of_the_report(file):
+    report = (ROOT / 'scripts/results/reproduce_cpu.md').read_text()
+    decay, aws = (re.search(rf'\| {rule}.* ([\d.]+) \|\n', report[report.index('## Figures 5 and 6'):])[1]
+                  for rule in ('L2, SGD', 'AWS, coupled'))
+    text = ' '.join((ROOT / file).read_text().split())
+    assert re.search(f'three seeds are {decay} points apart under decay(,| and) {aws} under AWS', text)
+
+
 def script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / 'scripts' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)

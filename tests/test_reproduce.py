@@ -7,18 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from reproduce import cell_of, pending, read_lines
+from reproduction import report
+from reproduction.grid import EXPERIMENTS, PRESETS, Cell, cells_of
+from reproduction.images import augment, patterns
+from reproduction.rules import RULES, make_optimizer
+from reproduction.training import train_cell
+
+from timm_aws.ws_resnet import NormalizedResNet
 
 SCRIPTS = Path(__file__).parent.parent / 'scripts'
-sys.path.insert(0, str(SCRIPTS))
-
-from reproduce import cell_of, pending, read_lines  # noqa: E402
-from reproduction import report  # noqa: E402
-from reproduction.grid import EXPERIMENTS, PRESETS, Cell, cells_of  # noqa: E402
-from reproduction.images import augment, patterns  # noqa: E402
-from reproduction.rules import RULES, make_optimizer  # noqa: E402
-from reproduction.training import train_cell  # noqa: E402
-
-from timm_aws.ws_resnet import NormalizedResNet  # noqa: E402
 
 
 def reproduce(*args):
@@ -156,3 +154,9 @@ def test_seeds_of_one_setting_are_told_as_mean_and_deviation_and_a_failed_one_is
     assert report._told_seeds(report._seeds(lines(40., 0.), cell)) == '40.0, **not finite** (step 7)'
     assert report._told_seeds(report._seeds(lines(40.), cell)) == '40.0'
     assert report._told_seeds(report._seeds(other, cell)) == 'not run'
+
+
+def test_committed_tables_are_those_of_the_committed_lines_and_nothing_is_left_to_train():
+    lines = read_lines(SCRIPTS / 'results' / 'reproduce_cpu.jsonl')
+    assert report.tables(lines, PRESETS['cpu']) == (SCRIPTS / 'results' / 'reproduce_cpu.md').read_text()
+    assert not pending(list(EXPERIMENTS), PRESETS['cpu'], lines)
