@@ -49,6 +49,20 @@ def test_spreads_under_decay_and_aws_are_those_of_the_report(file):
     assert re.search(f'three seeds are {decay} points apart under decay(,| and) {aws} under AWS', text)
 
 
+def test_what_a_step_grows_by_is_what_was_measured():
+    scale, train = (json.loads((ROOT / f'scripts/results/bench_{name}.json').read_text()) for name in ('scale', 'train'))
+    times = {sweep: {point['name']: point['rows']['AwsSGD, fused']['ms'] for point in scale[sweep]}
+             for sweep in ('tensors', 'fan_in')}
+    share = [1e6 * point['rows']['AwsSGD, fused']['ms'] / point['parameters']
+             for point in scale['network'] if point['parameters'] > 25e6]
+    text = ' '.join(README.split())
+    assert f'parameters, {min(share):.1f} to {max(share):.1f} ns each from 25 to 287 million' in text
+    assert f'parameters: {times["tensors"]["1024"] / times["tensors"]["64"]:.0f} times the time' in text
+    assert f'or more: {times["fan_in"]["4"] / times["fan_in"]["64"]:.0f} times' in text
+    assert f'prolongs training by {100 * train["share_of_the_recorder"]:.2f} %' in text
+    assert all(point['peak_in_largest_parameters'] == 0 for sweep in ('network', 'tensors') for point in scale[sweep])
+
+
 def script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / 'scripts' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
