@@ -50,7 +50,8 @@ def test_spreads_under_decay_and_aws_are_those_of_the_report(file):
 
 
 def test_what_a_step_grows_by_is_what_was_measured():
-    scale, train = (json.loads((ROOT / f'scripts/results/bench_{name}.json').read_text()) for name in ('scale', 'train'))
+    results = ROOT / 'scripts' / 'results'
+    scale, train = (json.loads((results / f'bench_{name}.json').read_text()) for name in ('scale', 'train'))
     times = {sweep: {point['name']: point['rows']['AwsSGD, fused']['ms'] for point in scale[sweep]}
              for sweep in ('tensors', 'fan_in')}
     share = [1e6 * point['rows']['AwsSGD, fused']['ms'] / point['parameters']
