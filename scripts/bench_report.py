@@ -73,8 +73,8 @@ def draw() -> None:
     panels = figure.subplots(1, 3)
     sgd = {name: row for name, row in steps().items() if 'dam' not in name}
     bars(panels[0], 'optimizer step, times fused SGD', sgd)
-    bars(panels[1], 'training step, times resnet50 with fused SGD', trainings())
-    bars(panels[2], 'inference, times resnet50 of the same kind', inferences())
+    bars(panels[1], 'training step, times resnet50, fused SGD', trainings())
+    bars(panels[2], 'inference, times resnet50', inferences())
     for suffix, options in (('.png', {'dpi': 130}), ('.svg', {'metadata': {'Date': None}})):
         with rc_context({'svg.hashsalt': 'bench'}):  # else matplotlib draws new ids each time
             figure.savefig(RESULTS / f'bench{suffix}', **options)
@@ -86,11 +86,11 @@ def bars(panel: Any, label: str, rows: Rows) -> None:
     colors = [OTHER_COLOR if name.startswith(('torch', 'timm')) else OURS_COLOR for name in rows]
     panel.bar_label(
         panel.barh(list(rows), ratios, color=colors), [f'{ratio:.2f}' for ratio in ratios], padding=4, fontsize=8)
-    panel.axvline(1, color='black', linewidth=0.8)
+    panel.axvline(1, color='black', linewidth=0.8, zorder=0)
     panel.invert_yaxis()
     panel.margins(x=0.25)
     panel.tick_params(axis='y', labelsize=8)
-    panel.set_xlabel(label)
+    panel.set_xlabel(label, fontsize=9)
 
 
 def main() -> None:
