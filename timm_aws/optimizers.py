@@ -49,7 +49,6 @@ class _CoupledOrDecoupled(ShrinkGroups):
         loss = evaluate(closure)
         self._check_gradients()
         for group in self.param_groups:
-            self._make_state(group)
             shrunk = [p for p in group['params'] if self._shrinks(group, p)]
             plain = [p for p in group['params'] if not self._shrinks(group, p)] if shrunk else group['params']
             self._update({**group, 'params': plain})
@@ -61,9 +60,6 @@ class _CoupledOrDecoupled(ShrinkGroups):
                 else:
                     self._update_coupled(batch)
         return loss
-
-    def _make_state(self, group: dict[str, Any]) -> None:
-        """Makes the state that torch's update wants to find there, if it wants any."""
 
     def _update_decoupled(self, group: dict[str, Any]) -> None:
         for param in group['params']:
@@ -291,23 +287,24 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
         super()._complete_group(group)
         group['decoupled_weight_decay'] = group['decoupled']
 
-    def _make_state(self, group):
-        # With the group itself: torch.compile knows this method of torch's optimizers by its arguments.
-        self._init_group(group, [], [], [], [], [], [])
-
     def _update(self, group, gradient=_own_gradient):
-        params = [p for p in group['params'] if p.grad is not None]
+        lists: list[list[torch.Tensor]] = [[] for _ in range(6)]
+        params, _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
+        if group['fused']:
+            self._match_layout([p for p in group['params'] if p in self.state], [])
+        # A graph break under torch.compile. Captured in one graph, as it would be if it were handed the group itself,
+        # a resumed run departs from the uninterrupted one in the last digits.
+        self._init_group(group, *lists)
         grads = [gradient(p) for p in params]
         if group['fused']:
             grads = self._match_layout(params, grads)
-        states = [self.state[p] for p in params]
         adam(
             params,
             grads,
-            [state['exp_avg'] for state in states],
-            [state['exp_avg_sq'] for state in states],
-            [state['max_exp_avg_sq'] for state in states] if group['amsgrad'] else [],
-            [state['step'] for state in states],
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
             amsgrad=group['amsgrad'],
             beta1=group['betas'][0],
             beta2=group['betas'][1],
