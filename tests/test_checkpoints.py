@@ -163,6 +163,7 @@ def test_wheel_brings_the_weights_and_loads_them_offline(tmp_path):
                             env=environment).stdout.split()
     path = site / 'timm_aws' / 'weights' / BUNDLED.name / 'model.safetensors'
     assert output == [str(site / 'timm_aws' / '__init__.py'), '200', str(path)]
+    assert (site / 'timm_aws_cli.py').is_file()
     assert path.read_bytes() == (BUNDLED / 'model.safetensors').read_bytes()
 
 

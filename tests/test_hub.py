@@ -12,8 +12,8 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 
-from timm_aws.__main__ import main
 from timm_aws.hub import publish
+from timm_aws_cli import main
 
 REPO = 'alice/test_ws_resnet.aws_noise'
 

@@ -10,8 +10,8 @@ from timm.optim import create_optimizer_v2
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import timm_aws
-from timm_aws.__main__ import main
 from timm_aws.record import COLUMNS
+from timm_aws_cli import main
 
 
 def make(path=None, every=1, **options):
