@@ -64,6 +64,21 @@ def test_what_a_step_grows_by_is_what_was_measured():
     assert all(point['peak_in_largest_parameters'] == 0 for sweep in ('network', 'tensors') for point in scale[sweep])
 
 
+def test_findings_are_those_of_the_report():
+    report = (ROOT / 'scripts/results/reproduce_cpu.md').read_text()
+    text = ' '.join((ROOT / 'scripts/results/README.md').read_text().split())
+    gain, loss, behind = re.findall(r'\| WS \+ \w+ less .*? \| [+-]([\d.]+ ± [\d.]+) \|', report)
+    assert f'WS with decay {gain} points (standard error) above the baseline, WS with AWS {loss} below it' in text
+    assert f'behind by {behind}' in text
+    assert f'WS with AWS is {behind} points behind WS with decay' in ' '.join(README.split())
+    layers = report[report.index('## Figures 2 and 4'):report.index('## Figures 5')]
+    decay, aws = (re.search(rf'\| {rule}.*? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+ to [\d.]+) \| ([\d.]+) \|', layers)
+                  for rule in ('L2, SGD, λ = 0.01', 'AWS'))
+    assert f'{aws[1]} times apart at the start; after two epochs {aws[2]} times under AWS, {decay[2]} times' in text
+    assert f'{decay[3]} times in every layer but the first under decay, {aws[3]} times under AWS' in text
+    assert f'median over the layers {aws[4]}, under decay {decay[4]}' in text
+
+
 def script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / 'scripts' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)

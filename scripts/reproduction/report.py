@@ -99,7 +99,8 @@ def tables(lines: Lines, preset: Preset) -> str:
         f'{sum(_failed(line) for line in lines.values())} of which failed: a loss or weight that is not finite, or an '
         f'accuracy below one and a half times chance. {first["hardware"]}; {_versions(lines)}.\n'
     )
-    return '\n'.join([about, _table1(lines), _table2(lines), _table3(lines), _spread(lines), _policies(lines, preset)])
+    parts = (_table1, _table2, _table3, _over_networks, _layers, _spread)
+    return '\n'.join([about, *(part(lines) for part in parts), _policies(lines, preset)])
 
 
 def _versions(lines: Lines) -> str:
@@ -145,8 +146,12 @@ def _table2(lines: Lines) -> str:
         map(row, alphas))
 
 
+_BASELINE, _DECAY, _AWS = (
+    ('none', 'l2', TYPICAL_DECAY), ('ws', 'l2', TYPICAL_DECAY), ('ws', 'aws', TYPICAL_ALPHA))
+
+
 def _table3(lines: Lines) -> str:
-    columns = (('none', 'l2', TYPICAL_DECAY), ('ws', 'l2', TYPICAL_DECAY), ('ws', 'aws', TYPICAL_ALPHA))
+    columns = (_BASELINE, _DECAY, _AWS)
 
     def told(network: str, normalization: str, rule: str, strength: float) -> str:
         return _told_seeds(_seeds(lines, Cell(network, normalization, rule, SGD_LR, strength)))
@@ -156,6 +161,40 @@ def _table3(lines: Lines) -> str:
         ('network', 'baseline', 'WS + WD', 'WS + AWS', 'paper: baseline', 'paper: WS + WD', 'paper: WS + AWS'),
         ([network, *(told(network, *column) for column in columns), *map(_paper, paper)]
          for network, paper in _PAPER_3.items()))
+
+
+def _over_networks(lines: Lines) -> str:
+    def accuracy(network: str, normalization: str, rule: str, strength: float) -> float | None:
+        found = _seeds(lines, Cell(network, normalization, rule, SGD_LR, strength))
+        return statistics.mean(map(final_accuracy, found)) if found else None
+
+    def row(title: str, ours: tuple[str, str, float], base: tuple[str, str, float]) -> list[str]:
+        pairs = [(accuracy(network, *ours), accuracy(network, *base)) for network in _PAPER_3]
+        gains = [one - other for one, other in pairs if one is not None and other is not None]
+        error = f' ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f}' if len(gains) > 1 else ''
+        return [title, f'{statistics.mean(gains):+.1f}{error}' if gains else 'not run', f'{len(gains)}']
+
+    return _markdown(
+        'Table 3: mean difference over the networks, and its standard error', ('difference', 'points', 'networks'), [
+            row('WS + WD less baseline', _DECAY, _BASELINE), row('WS + AWS less baseline', _AWS, _BASELINE),
+            row('WS + AWS less WS + WD', _AWS, _DECAY)])
+
+
+def _layers(lines: Lines) -> str:
+    def row(rule: str, strength: float) -> list[str]:
+        line = lines.get(Cell('resnet10', 'ws', rule, SGD_LR, strength))
+        if line is None or len(line['effective_lr']) < 3:
+            return [_setting(rule, strength), *['not run so far'] * 4]
+        start, later = line['effective_lr'][0], line['effective_lr'][2]
+        growth = sorted(after / before for before, after in zip(start[1:], later[1:]))
+        return [_setting(rule, strength), f'{max(start) / min(start):.1f}', f'{max(later) / min(later):.1f}',
+                f'{growth[0]:.1f} to {growth[-1]:.1f}', f'{statistics.median(line["effective_lr"][-1]):.2g}']
+
+    return _markdown(
+        'Figures 2 and 4: effective learning rates of the layers',
+        ('rule', 'largest over smallest at the start', 'after two epochs',
+         'growth until then, all layers but the first', 'median in the last epoch'),
+        [row('l2', 0.), row('l2', TYPICAL_DECAY), row('aws', TYPICAL_ALPHA)])
 
 
 def _seeds(lines: Lines, cell: Cell) -> list[dict[str, Any]]:
