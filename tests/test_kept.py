@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import timm_aws
-from timm_aws import AwsAdam, AwsSGD, CWNConv2d, WNConv2d, WSConv2d, normalized_conv, shrink
+from timm_aws import AwsAdam, AwsSGD, CWNConv2d, WNConv2d, WSConv2d, handed_over, normalized_conv
 from timm_aws.any_optimizer import aws_optimizer
 
 LAYERS = [WSConv2d, WNConv2d, CWNConv2d]
@@ -220,7 +220,7 @@ OPTIMIZERS = {
 
 
 def _assert_true_length(conv):
-    length = shrink.length_for_step(conv.weight, conv.normalization).flatten()
+    length = handed_over.length_for_step(conv.weight, conv.normalization).flatten()
     assert length.dtype == conv.weight.dtype
     rows = conv.weight.detach().double().flatten(1).tolist()
     expected = [reference.filter_length(row, conv.normalization) for row in rows]
@@ -231,8 +231,8 @@ def _assert_true_length(conv):
 def measured(monkeypatch):
     """Counts the weights whose filters the optimizer has to measure."""
     calls = []
-    original = shrink.filter_length
-    monkeypatch.setattr(shrink, 'filter_length', lambda *args: calls.append(args[1]) or original(*args))
+    original = handed_over.filter_length
+    monkeypatch.setattr(handed_over, 'filter_length', lambda *args: calls.append(args[1]) or original(*args))
     return calls
 
 
@@ -307,8 +307,8 @@ def test_nothing_is_handed_over_without_a_gradient(measured):
     conv = _conv()
     with torch.no_grad():
         conv(X)
-    shrink.length_for_step(conv.weight, 'ws')
+    handed_over.length_for_step(conv.weight, 'ws')
     frozen = _conv().requires_grad_(False)
     frozen(X)
-    shrink.length_for_step(frozen.weight, 'ws')
+    handed_over.length_for_step(frozen.weight, 'ws')
     assert measured == ['ws', 'ws']

@@ -20,8 +20,9 @@ from timm.layers import BatchNormAct2d, Conv2dSame, conv2d_same, register_notrac
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .data_flow import conv_norm_pairs
+from .handed_over import hand_over
 from .kept import Kept, can_be_kept
-from .shrink import NORMALIZATIONS, hand_over
+from .shrink import NORMALIZATIONS
 
 __all__ = ['CWNConv2d', 'WNConv2d', 'WSConv2d', 'convert', 'fold_normalization']
 

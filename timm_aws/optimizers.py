@@ -19,7 +19,8 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from .shrink import DEFAULT_ALPHA, add_shrink, length_for_step
+from .handed_over import length_for_step
+from .shrink import DEFAULT_ALPHA, add_shrink
 from .shrink_groups import ShrinkGroups, evaluate
 
 __all__ = ['AwsAdam', 'AwsSGD']
@@ -71,7 +72,8 @@ class _CoupledOrDecoupled(ShrinkGroups):
         alpha, normalization, maximize = group['alpha'], group['normalization'], group['maximize']
         self._update(
             {**group, 'maximize': False},  # the sign is in the gradient already
-            lambda param: add_shrink(_own_gradient(param), param, alpha, normalization, maximize),
+            lambda param: add_shrink(
+                _own_gradient(param), param, length_for_step(param, normalization), alpha, maximize),
         )
 
     def _update(

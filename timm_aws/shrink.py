@@ -12,23 +12,18 @@ import math
 
 import torch
 
-from .kept import Kept, can_be_kept
-
 __all__ = [
     'DEFAULT_ALPHA',
     'NORMALIZATIONS',
     'add_shrink',
     'filter_length',
-    'hand_over',
     'is_free_to_look_at',
-    'length_for_step',
+    'length_dtype',
     'shrink_multiplier',
 ]
 
 NORMALIZATIONS = ('ws', 'wn', 'cwn')
 DEFAULT_ALPHA = 2.5e-3  # gives gamma about 1e-4, the paper's best weight decay, at the std of 0.04 of He initialization
-# Of what a forward hands over: its layers add 1e-16 to the variance, 1e-6 of it at a std of 1e-5.
-_LARGEST_RECIPROCAL = 1e5
 
 
 def filter_length(weight: torch.Tensor, normalization: str) -> torch.Tensor:
@@ -47,7 +42,7 @@ def filter_length(weight: torch.Tensor, normalization: str) -> torch.Tensor:
     # Reduced over the dimensions as they are: flatten would copy a channels_last weight. (torch.std does the same in
     # ten times the time.)
     dims = tuple(range(1, weight.ndim))
-    weight = weight.to(_length_dtype(weight))
+    weight = weight.to(length_dtype(weight))
     length = _length(weight, normalization, dims)
     if is_free_to_look_at(weight) and not length.sum() < math.inf:
         largest = weight.abs().amax(dims, keepdim=True)
@@ -65,10 +60,11 @@ def _filter_length_as_operator(weight: torch.Tensor, normalization: str) -> torc
 
 @_filter_length_as_operator.register_fake
 def _(weight: torch.Tensor, normalization: str) -> torch.Tensor:
-    return weight.new_empty((weight.shape[0], *[1] * (weight.ndim - 1)), dtype=_length_dtype(weight))
+    return weight.new_empty((weight.shape[0], *[1] * (weight.ndim - 1)), dtype=length_dtype(weight))
 
 
-def _length_dtype(weight: torch.Tensor) -> torch.dtype:
+def length_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of a weight's filter lengths."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
@@ -100,74 +96,28 @@ def _length(weight: torch.Tensor, normalization: str, dims: tuple[int, ...]) -> 
     return torch.where(exact, rest.sqrt_(), torch.linalg.vector_norm(weight - mean, dim=dims, keepdim=True))
 
 
-_handed_over = Kept()
-
-
-def hand_over(weight: torch.Tensor, reciprocal_std: torch.Tensor) -> None:
-    """Takes over what the forward of Weight Standardization has measured, for the step after it: `length_for_step`.
-
-    Left alone where nobody will ask (no gradient), and where filters are so short or so long that the eps of the
-    forward, or an overflow, shows in what it has measured.
-
-    Args:
-        weight: Filters, (out_channels, ...).
-        reciprocal_std: 1 / std of each filter, out_channels elements.
-    """
-    if not (can_be_kept(weight) and weight.requires_grad and torch.is_grad_enabled()):
-        return
-    lowest, highest = reciprocal_std.aminmax()
-    if lowest > 0 and highest < _LARGEST_RECIPROCAL and reciprocal_std.dtype == _length_dtype(weight):
-        std = reciprocal_std.detach().reciprocal()
-        _handed_over.put(weight, std.view(-1, *[1] * (weight.ndim - 1)))
-
-
-def length_for_step(weight: torch.Tensor, normalization: str) -> torch.Tensor:
-    """Returns `filter_length` of a weight that is about to be updated, as its forward has measured it if it has.
-
-    A length that was handed over is good for one step: torch does not see that a fused step changes the weight.
-
-    Args:
-        weight: Filters, (out_channels, ...).
-        normalization: 'ws', 'wn' or 'cwn'.
-
-    Returns:
-        Lengths, (out_channels, 1, ...).
-    """
-    std = _handed_over.get(weight) if normalization == 'ws' and can_be_kept(weight) else None
-    if std is None:
-        return filter_length(weight, normalization)
-    _handed_over.forget(weight)
-    return std
-
-
-def shrink_multiplier(
-        weight: torch.Tensor,
-        lr: float | torch.Tensor,
-        alpha: float,
-        normalization: str,
-) -> torch.Tensor:
+def shrink_multiplier(length: torch.Tensor, lr: float | torch.Tensor, alpha: float) -> torch.Tensor:
     """Computes 1 - lr * gamma, what each filter is multiplied by in the decoupled reading of Eq. 21.
 
     It stops at 0: a shrink never flips the sign of a filter.
 
     Args:
-        weight: Filters, (out_channels, ...).
+        length: Filter lengths, (out_channels, 1, ...).
         lr: Learning rate, a number or a tensor of one element.
         alpha: Shrink coefficient, gamma = alpha * length.
-        normalization: 'ws', 'wn' or 'cwn'.
 
     Returns:
         Multipliers, (out_channels, 1, ...).
     """
     # Numbers first: lr * alpha is 0 at lr 0, where a huge alpha times a huge length is inf and 0 * inf is NaN.
-    return (1 - (lr * alpha) * length_for_step(weight, normalization)).clamp_(min=0)
+    return (1 - (lr * alpha) * length).clamp_(min=0)
 
 
 def add_shrink(
         grad: torch.Tensor,
         weight: torch.Tensor,
+        length: torch.Tensor,
         alpha: float,
-        normalization: str,
         maximize: bool = False,
 ) -> torch.Tensor:
     """Adds gamma * W to the gradient, the coupled reading of Eq. 21, as weight decay does in torch.optim.SGD.
@@ -175,12 +125,12 @@ def add_shrink(
     Args:
         grad: Gradient, in the shape of the weight; not changed.
         weight: Filters, (out_channels, ...); not changed.
+        length: Filter lengths, (out_channels, 1, ...).
         alpha: Shrink coefficient, gamma = alpha * length.
-        normalization: 'ws', 'wn' or 'cwn'.
         maximize: Whether the gradient is to be climbed: it then enters with a minus, the shrink does not.
 
     Returns:
         New tensor in the shape, the dtype and the memory format of the weight.
     """
-    shrunk = (weight * (alpha * length_for_step(weight, normalization))).to(weight.dtype)
+    shrunk = (weight * (alpha * length)).to(weight.dtype)
     return shrunk.sub_(grad) if maximize else shrunk.add_(grad)

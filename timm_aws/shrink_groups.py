@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .handed_over import length_for_step
 from .shrink import NORMALIZATIONS, is_free_to_look_at, shrink_multiplier
 
 __all__ = ['ShrinkGroups', 'evaluate']
@@ -78,7 +79,8 @@ class ShrinkGroups(torch.optim.Optimizer):
 
     def _multiplier(self, group: dict[str, Any], param: torch.Tensor) -> torch.Tensor:
         """Computes the decoupled shrink of a parameter; the first that takes a whole filter away is warned of."""
-        multiplier = shrink_multiplier(param, group['lr'], group[self.alpha_key], group['normalization'])
+        length = length_for_step(param, group['normalization'])
+        multiplier = shrink_multiplier(length, group['lr'], group[self.alpha_key])
         if not self._stop_was_said and is_free_to_look_at(param) and (multiplier == 0).any():
             self._stop_was_said = True
             warnings.warn(
