@@ -119,6 +119,17 @@ def test_evaluation_follows_every_change_of_a_weight(cls, change):
         torch.testing.assert_close(conv(X.to(conv.weight.dtype)), _fresh(conv), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize('dim', [0, 1, 2, 3])
+@torch.no_grad()
+def test_evaluation_follows_elements_that_change_places(dim):
+    """Integers, so that no sum of them is rounded."""
+    conv = _conv().eval()
+    conv.weight.copy_(torch.randint(-9, 9, conv.weight.shape))
+    conv(X)
+    conv.weight.data.copy_(conv.weight.data.flip(dim))
+    assert torch.equal(conv(X), _fresh(conv))
+
+
 @torch.no_grad()
 def test_evaluation_follows_a_conversion_to_another_normalization():
     model = nn.Sequential(WSConv2d(4, 8, 3), nn.BatchNorm2d(8)).eval()
