@@ -11,8 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import timm_aws
-from timm_aws import AwsAdam, AwsSGD, CWNConv2d, WNConv2d, WSConv2d, handed_over, normalized_conv
+from timm_aws import AwsAdam, AwsSGD, CWNConv2d, WNConv2d, WSConv2d, handed_over, normalized_conv, optimizers
 from timm_aws.any_optimizer import aws_optimizer
+from timm_aws.shrink import filter_length
 
 LAYERS = [WSConv2d, WNConv2d, CWNConv2d]
 X = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1))
@@ -231,7 +232,7 @@ OPTIMIZERS = {
 
 
 def _assert_true_length(conv):
-    length = handed_over.length_for_step(conv.weight, conv.normalization).flatten()
+    length = handed_over.lengths_for_step([conv.weight], conv.normalization)[0].flatten()
     assert length.dtype == conv.weight.dtype
     rows = conv.weight.detach().double().flatten(1).tolist()
     expected = [reference.filter_length(row, conv.normalization) for row in rows]
@@ -242,23 +243,47 @@ def _assert_true_length(conv):
 def measured(monkeypatch):
     """Counts the weights whose filters the optimizer has to measure."""
     calls = []
-    original = handed_over.filter_length
-    monkeypatch.setattr(handed_over, 'filter_length', lambda *args: calls.append(args[1]) or original(*args))
+    for module in (handed_over, optimizers):
+        monkeypatch.setattr(module, 'filter_length', lambda *args: calls.append(args[1]) or filter_length(*args))
     return calls
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_a_step_after_a_forward_measures_nothing_and_equals_one_that_does(name, measured):
     first, second = _conv(), _conv()
-    optimizers = [OPTIMIZERS[name]([conv.weight], lr=0.1, alpha=0.5) for conv in (first, second)]
+    ours, theirs = (OPTIMIZERS[name]([conv.weight], lr=0.1, alpha=0.5) for conv in (first, second))
     for step in range(3):
         first(X).cos().sum().backward()
         second.weight.grad = first.weight.grad.clone()
-        optimizers[0].step()
+        ours.step()
         assert len(measured) == step
-        optimizers[1].step()
+        theirs.step()
         assert len(measured) == step + 1
         torch.testing.assert_close(first.weight, second.weight, rtol=1e-6, atol=1e-7)
+        first.weight.grad = None
+
+
+@pytest.mark.parametrize('change', [None, '_longer', '_longer_loaded'])
+@pytest.mark.parametrize('cls', [AwsSGD, AwsAdam])
+def test_a_compiled_step_takes_over_what_a_forward_has_measured_unless_the_weight_has_changed(cls, change, measured):
+    """A compiled graph counts its own change of the weight before it makes it."""
+    torch._dynamo.reset()
+    first, second = _conv(), _conv()
+    ours, theirs = (cls([conv.weight], lr=torch.tensor(0.1), alpha=0.5) for conv in (first, second))
+    step = torch.compile(ours.step)
+    for _ in range(3):
+        first(X).cos().sum().backward()
+        second.weight.grad = first.weight.grad.clone()
+        if change:
+            for conv in (first, second):
+                with torch.no_grad():
+                    globals()[change](conv)
+        del measured[:]
+        step()
+        assert measured == (['ws'] if change else [])
+        theirs.step()
+        # A compiled torch.optim.Adam counts its steps in a float32 tensor, which shows in the bias correction.
+        torch.testing.assert_close(first.weight, second.weight, rtol=1e-5, atol=2e-6 if cls is AwsSGD else 2e-5)
         first.weight.grad = None
 
 
@@ -318,8 +343,8 @@ def test_nothing_is_handed_over_without_a_gradient(measured):
     conv = _conv()
     with torch.no_grad():
         conv(X)
-    handed_over.length_for_step(conv.weight, 'ws')
+    handed_over.lengths_for_step([conv.weight], 'ws')
     frozen = _conv().requires_grad_(False)
     frozen(X)
-    handed_over.length_for_step(frozen.weight, 'ws')
+    handed_over.lengths_for_step([frozen.weight], 'ws')
     assert measured == ['ws', 'ws']

@@ -12,7 +12,7 @@ import timm.optim
 import torch
 from torch._dynamo.utils import counters
 
-from timm_aws import AwsAdam, AwsSGD
+from timm_aws import AwsAdam, AwsSGD, updates
 from timm_aws.any_optimizer import aws_optimizer
 
 STEPS = 20
@@ -94,6 +94,34 @@ def test_sgd_equals_reference(setting, normalization, decoupled, maximize, memor
 def test_adam_equals_reference(setting, normalization, decoupled, maximize, memory_format, path):
     _assert_equals_reference(
         AwsAdam, 'adam', setting, normalization, decoupled, maximize, PATHS[path], FORMATS[memory_format])
+
+
+@pytest.mark.parametrize('path', ['loop', 'fused'])
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('decoupled', [False, True])
+@pytest.mark.parametrize(('cls', 'rule', 'setting'), [
+    *((AwsSGD, 'sgd', setting) for setting in SGD_SETTINGS),
+    *((AwsAdam, 'adam', setting) for setting in ADAM_SETTINGS),
+])
+@pytest.mark.parametrize('elements', [1, 24])
+def test_cut_between_filters_equals_reference(
+        elements, cls, rule, setting, decoupled, memory_format, path, monkeypatch):
+    """Three filters of twelve elements, one or two at a time."""
+    monkeypatch.setattr(updates, '_ELEMENTS', elements)
+    _assert_equals_reference(cls, rule, setting, 'ws', decoupled, False, PATHS[path], FORMATS[memory_format])
+
+
+@pytest.mark.parametrize('cls', [AwsSGD, AwsAdam])
+def test_filters_that_lie_between_each_other_are_not_cut(cls, monkeypatch):
+    monkeypatch.setattr(updates, '_ELEMENTS', 1)
+    weight, grad = torch.randn(2, 4, 5).unbind()
+    transposed, plain = torch.nn.Parameter(weight.clone().t()), torch.nn.Parameter(weight.t().contiguous())
+    for param in (transposed, plain):
+        optimizer = cls([param], lr=0.1, alpha=0.5, fused=True)
+        for _ in range(3):
+            param.grad = grad.t()
+            optimizer.step()
+    torch.testing.assert_close(transposed, plain)
 
 
 @pytest.mark.parametrize('path', ['loop', 'fused'])
@@ -531,6 +559,5 @@ def test_step_compiled_for_the_cpu_equals_eager_as_one_graph_for_every_lr(cls, d
         step()
     for one, other in zip(*(optimizer.param_groups[0]['params'] for optimizer in (eager, compiled))):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=5e-6)
-    if cls is AwsSGD:  # where torch's Adam makes its state, ours has a break
-        assert not counters['graph_break']
-        assert counters['stats']['unique_graphs'] <= 2  # the first step, which makes the state, and the others
+    assert not counters['graph_break']
+    assert counters['stats']['unique_graphs'] <= 2  # the first step, which makes the state, and the others

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .handed_over import lengths_for_step
 from .shrink import DEFAULT_ALPHA
 from .shrink_groups import ShrinkGroups, evaluate
 
@@ -70,7 +71,8 @@ class _DecoupledShrink(ShrinkGroups):
                 if param.grad is not None and self._shrinks(group, param):
                     if group['lr'] is None:
                         raise ValueError(f'{type(self).__name__} needs a learning rate for the shrink: give lr.')
-                    yield param, self._multiplier(group, param)
+                    length, = lengths_for_step([param], group['normalization'])
+                    yield param, self._multiplier(group, param, length)
 
     def _base_step(self) -> None:
         step: Any = self.base.step

@@ -1,10 +1,14 @@
-"""The lengths that a forward of Weight Standardization has measured, handed over to the step that follows it."""
+"""The lengths that a forward of Weight Standardization has measured, handed over to the step that follows it.
+
+A length that was handed over is good for one step: torch does not see that a fused step changes the weight. An edit of
+`weight.data` in place between the two is not seen either, and the step then shrinks by the length before it.
+"""
 import torch
 
 from .kept import Kept, can_be_kept
-from .shrink import filter_length, length_dtype
+from .shrink import filter_length, is_on_cpu, length_dtype
 
-__all__ = ['hand_over', 'length_for_step']
+__all__ = ['hand_over', 'lengths_for_step', 'take_over']
 
 # The layers add 1e-16 to the variance, 1e-6 of it at a std of 1e-5.
 _LARGEST_RECIPROCAL = 1e5
@@ -12,7 +16,7 @@ _handed_over = Kept()
 
 
 def hand_over(weight: torch.Tensor, reciprocal_std: torch.Tensor) -> None:
-    """Takes over what the forward of Weight Standardization has measured, for the step after it: `length_for_step`.
+    """Hands over what the forward of Weight Standardization has measured to the step after it.
 
     Left alone where nobody will ask (no gradient), and where filters are so short or so long that the eps of the
     forward, or an overflow, shows in what it has measured.
@@ -29,21 +33,50 @@ def hand_over(weight: torch.Tensor, reciprocal_std: torch.Tensor) -> None:
         _handed_over.put(weight, std.view(-1, *[1] * (weight.ndim - 1)))
 
 
-def length_for_step(weight: torch.Tensor, normalization: str) -> torch.Tensor:
-    """Returns `filter_length` of a weight that is about to be updated, as its forward has measured it if it has.
-
-    A length that was handed over is good for one step: torch does not see that a fused step changes the weight. An edit
-    of `weight.data` in place between the two is not seen either, and the step then shrinks by the length before it.
+def take_over(weight: torch.Tensor, normalization: str, ahead: int = 0) -> torch.Tensor | None:
+    """Takes what the forward before a step has handed over.
 
     Args:
-        weight: Filters, (out_channels, ...).
+        weight: Filters, (out_channels, ...), about to be updated.
+        normalization: 'ws', 'wn' or 'cwn'.
+        ahead: How many changes of the weight torch has counted that are still to come.
+
+    Returns:
+        Lengths, (out_channels, 1, ...); None where nothing was handed over, or where the weight has changed since.
+    """
+    return _handed_over.take(weight, ahead) if normalization == 'ws' and can_be_kept(weight) else None
+
+
+def lengths_for_step(weights: list[torch.Tensor], normalization: str) -> list[torch.Tensor]:
+    """Returns `filter_length` of weights that are about to be updated, as their forward has measured it if it has.
+
+    Args:
+        weights: Filters, each (out_channels, ...).
         normalization: 'ws', 'wn' or 'cwn'.
 
     Returns:
-        Lengths, (out_channels, 1, ...).
+        Lengths, each (out_channels, 1, ...).
     """
-    std = _handed_over.get(weight) if normalization == 'ws' and can_be_kept(weight) else None
-    if std is None:
-        return filter_length(weight, normalization)
-    _handed_over.forget(weight)
-    return std
+    if torch.compiler.is_compiling() and weights and all(map(is_on_cpu, weights)):
+        return _lengths_as_operator(weights, normalization)
+    return _lengths(weights, normalization)
+
+
+def _lengths(weights: list[torch.Tensor], normalization: str, ahead: int = 0) -> list[torch.Tensor]:
+    handed = [take_over(weight, normalization, ahead) for weight in weights]
+    return [
+        filter_length(weight, normalization) if length is None else length for weight, length in zip(weights, handed)]
+
+
+# One operator, so that what is compiled measures as eager code does, and takes over what it does. torch 2.15 also fails
+# to compile for the CPU what both reduces a weight and updates it (KeyError in torch._inductor, pytorch issue 196570).
+@torch.library.custom_op('timm_aws::lengths_for_step', mutates_args=())
+def _lengths_as_operator(weights: list[torch.Tensor], normalization: str) -> list[torch.Tensor]:
+    # What is compiled counts its change of the weights before it runs.
+    return _lengths(weights, normalization, ahead=1)
+
+
+@_lengths_as_operator.register_fake
+def _(weights: list[torch.Tensor], normalization: str) -> list[torch.Tensor]:
+    return [weight.new_empty((weight.shape[0], *[1] * (weight.ndim - 1)), dtype=length_dtype(weight))
+            for weight in weights]

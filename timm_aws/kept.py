@@ -42,10 +42,15 @@ class Kept:
         identity, value = self._entries.get(weight, (None, None))
         return value if identity == _identity(weight) else None
 
+    def take(self, weight: torch.Tensor, ahead: int = 0) -> Any:
+        """Returns what `get` does, and keeps it no longer; also after `ahead` changes that torch has counted."""
+        identity, value = self._entries.pop(weight, (None, None))
+        return value if identity == _identity(weight, ahead) else None
+
     def forget(self, weight: torch.Tensor) -> None:
         """Forgets what is kept for the weight, if there is anything."""
         self._entries.pop(weight, None)
 
 
-def _identity(weight: torch.Tensor) -> tuple[int, int]:
-    return weight._version, weight.data_ptr()
+def _identity(weight: torch.Tensor, ahead: int = 0) -> tuple[int, int]:
+    return weight._version - ahead, weight.data_ptr()

@@ -19,19 +19,16 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from .handed_over import length_for_step
-from .shrink import DEFAULT_ALPHA, add_shrink
+from .handed_over import lengths_for_step, take_over
+from .shrink import DEFAULT_ALPHA, add_shrink, filter_length
 from .shrink_groups import ShrinkGroups, evaluate
+from .updates import Update, in_cache
 
 __all__ = ['AwsAdam', 'AwsSGD']
 
 
-def _own_gradient(param: torch.Tensor) -> Any:
-    return param.grad
-
-
 class _CoupledOrDecoupled(ShrinkGroups):
-    """The step that AwsSGD and AwsAdam share; they supply `_update`, torch's own update of a list of tensors."""
+    """The step that AwsSGD and AwsAdam share; they supply the state of parameters and torch's own update."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -50,51 +47,40 @@ class _CoupledOrDecoupled(ShrinkGroups):
         loss = evaluate(closure)
         self._check_gradients()
         for group in self.param_groups:
-            shrunk = [p for p in group['params'] if self._shrinks(group, p)]
-            plain = [p for p in group['params'] if not self._shrinks(group, p)] if shrunk else group['params']
-            self._update({**group, 'params': plain})
-            at_once = _uses_foreach(group, shrunk) or (group['fused'] and shrunk and shrunk[0].is_cuda)
-            for params in [shrunk] if at_once else _batches(shrunk):
-                batch = {**group, 'params': params, 'weight_decay': 0}
-                if group['decoupled']:
-                    self._update_decoupled(batch)
-                else:
-                    self._update_coupled(batch)
+            updates = self._updates(group)
+            self._update(group, [update for update in updates if not self._shrinks(group, update.param)])
+            shrunk = [update for update in updates if self._shrinks(group, update.param)]
+            for part in self._in_parts(group, shrunk):
+                part = [self._shrink(group, update, _length(group, update)) for update in part]
+                self._update({**group, 'weight_decay': 0}, part)
         return loss
 
-    def _update_decoupled(self, group: dict[str, Any]) -> None:
-        for param in group['params']:
-            if param.grad is not None:
-                param.mul_(self._multiplier(group, param))
-        self._update(group)
+    def _in_parts(self, group: dict[str, Any], updates: list[Update]) -> Iterable[list[Update]]:
+        """Yields what is to be shrunk and updated before the next is."""
+        params = [update.param for update in updates]
+        at_once = _uses_foreach(group, params) or (group['fused'] and params and params[0].is_cuda)
+        if at_once or torch.compiler.is_compiling():
+            lengths = lengths_for_step(params, group['normalization'])
+            yield [update._replace(length=length) for update, length in zip(updates, lengths)]
+        else:
+            handed = [take_over(param, group['normalization']) for param in params]
+            yield from in_cache(update._replace(length=length) for update, length in zip(updates, handed))
 
-    def _update_coupled(self, group: dict[str, Any]) -> None:
-        alpha, normalization, maximize = group['alpha'], group['normalization'], group['maximize']
-        self._update(
-            {**group, 'maximize': False},  # the sign is in the gradient already
-            lambda param: add_shrink(
-                _own_gradient(param), param, length_for_step(param, normalization), alpha, maximize),
-        )
+    def _shrink(self, group: dict[str, Any], update: Update, length: torch.Tensor) -> Update:
+        """Shrinks a weight, or returns the update with the gradient that will."""
+        if not group['decoupled']:
+            grad = add_shrink(update.grad, update.param, length, group['alpha'], group['maximize'])
+            return update._replace(grad=grad)
+        update.param.mul_(self._multiplier(group, update.param, length))
+        return update
 
-    def _update(
-            self,
-            group: dict[str, Any],
-            gradient: Callable[[torch.Tensor], torch.Tensor] = _own_gradient,
-    ) -> None:
-        """Takes torch's step on a group, with what `gradient` makes of a parameter as its gradient; SGD's or Adam's."""
+    def _updates(self, group: dict[str, Any]) -> list[Update]:
+        """Gathers what a step of the group's parameters reads and changes, of those that have a gradient."""
         raise NotImplementedError('This is what AwsSGD and AwsAdam have in common: use one of them.')
 
-    def _match_layout(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Brings state and gradients into the memory format of their parameters; returns the gradients.
-
-        torch's fused CPU kernels walk all of them in storage order and are silently wrong where the strides differ.
-        """
-        for param in params:
-            state = self.state[param]
-            for key, value in state.items():
-                if torch.is_tensor(value) and value.shape == param.shape and value.stride() != param.stride():
-                    state[key] = torch.empty_like(param, dtype=value.dtype).copy_(value)
-        return [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in zip(params, grads)]
+    def _update(self, group: dict[str, Any], updates: list[Update]) -> None:
+        """Takes torch's own step, that of SGD or Adam."""
+        raise NotImplementedError('This is what AwsSGD and AwsAdam have in common: use one of them.')
 
 
 def _uses_foreach(group: dict[str, Any], params: list[torch.Tensor]) -> bool:
@@ -104,18 +90,18 @@ def _uses_foreach(group: dict[str, Any], params: list[torch.Tensor]) -> bool:
     return bool(group['foreach'])
 
 
-def _batches(params: list[torch.Tensor], numel: int = 2 ** 20) -> Iterable[list[torch.Tensor]]:
-    """Splits parameters into batches that are still in the cache when, after the shrink, they are updated."""
-    batch: list[torch.Tensor] = []
-    left = numel
-    for param in params:
-        left -= param.numel()
-        if batch and left < 0:
-            yield batch
-            batch, left = [], numel - param.numel()
-        batch.append(param)
-    if batch:
-        yield batch
+def _length(group: dict[str, Any], update: Update) -> torch.Tensor:
+    return filter_length(update.param, group['normalization']) if update.length is None else update.length
+
+
+def _matched(group: dict[str, Any], param: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a gradient or a state in the memory format of its parameter, where torch's update needs it.
+
+    torch's fused CPU kernels walk all of them in storage order and are silently wrong where the strides differ.
+    """
+    if not group['fused'] or tensor.shape != param.shape or tensor.stride() == param.stride():
+        return tensor
+    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
 
 
 class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
@@ -172,39 +158,40 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
         self._set_shrink(alpha=alpha, normalization=normalization, decoupled=decoupled)
         self._step_supports_amp_scaling = False  # the shrink joins gradients that are unscaled
 
-    def _update_coupled(self, group):
-        params = [p for p in group['params'] if p.grad is not None]
+    def _updates(self, group):
+        updates = []
+        for param in group['params']:
+            if param.grad is not None:
+                state = self.state[param]
+                if group['momentum'] != 0:
+                    buffer = state.get('momentum_buffer')
+                    state['momentum_buffer'] = None if buffer is None else _matched(group, param, buffer)
+                updates.append(Update(param, _matched(group, param, param.grad), state))
+        return updates
+
+    def _shrink(self, group, update, length):
+        buffer = update.state.get('momentum_buffer')
         # A momentum near 0, by which the shrink is divided below, would make it overflow.
-        if group['nesterov'] or group['momentum'] < 1e-3 or any(self._buffer(p) is None for p in params):
-            super()._update_coupled(group)
-            return
+        if group['decoupled'] or group['nesterov'] or group['momentum'] < 1e-3 or buffer is None:
+            return super()._shrink(group, update, length)
         # What joins the gradient ends up in the buffer, times 1 - dampening, after the buffer's own decay. So it can be
         # put there beforehand, in place, where a gradient to add it to would have to be a new tensor.
-        for param in params:
-            gamma = group['alpha'] * length_for_step(param, group['normalization'])
-            share = (1 - group['dampening']) / group['momentum']
-            self.state[param]['momentum_buffer'].addcmul_(param, gamma, value=share)
-        self._update(group)
+        share = (1 - group['dampening']) / group['momentum']
+        buffer.addcmul_(update.param, length, value=group['alpha'] * share)
+        return update
 
-    def _buffer(self, param: torch.Tensor) -> torch.Tensor | None:
-        return self.state[param].get('momentum_buffer')
-
-    def _update(self, group, gradient=_own_gradient):
-        params = [p for p in group['params'] if p.grad is not None]
-        fresh = [p for p in params if self._buffer(p) is None]
-        if group['fused'] and 0 < len(fresh) < len(params):  # torch's fused update starts all buffers or none
-            rest = [p for p in params if self._buffer(p) is not None]
-            self._update({**group, 'params': fresh}, gradient)
-            self._update({**group, 'params': rest}, gradient)
+    def _update(self, group, updates):
+        buffers = [update.state.get('momentum_buffer') for update in updates]
+        fresh = [buffer is None for buffer in buffers]
+        if group['fused'] and any(fresh) and not all(fresh):  # torch's fused update starts all buffers or none
+            for kind in (True, False):
+                self._update(group, [update for update, is_fresh in zip(updates, fresh) if is_fresh is kind])
             return
-        grads = [gradient(p) for p in params]
-        if group['fused']:
-            grads = self._match_layout(params, grads)
-        if group['nesterov'] and _uses_foreach(group, params):  # torch adds the momentum to the gradients in place
-            grads = [g.clone() if g is p.grad else g for p, g in zip(params, grads)]
-        buffers = [self._buffer(p) for p in params]
+        grads = [update.grad for update in updates]
+        if group['nesterov'] and _uses_foreach(group, grads):  # torch adds the momentum to the gradients in place
+            grads = [grad.clone() if grad is update.param.grad else grad for grad, update in zip(grads, updates)]
         sgd(
-            params,
+            [update.param for update in updates],
             grads,
             buffers,
             weight_decay=group['weight_decay'],
@@ -217,8 +204,8 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
             fused=group['fused'],
         )
         if group['momentum'] != 0:
-            for param, buffer in zip(params, buffers):
-                self.state[param]['momentum_buffer'] = buffer
+            for update, buffer in zip(updates, buffers):
+                update.state['momentum_buffer'] = buffer
 
 
 class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
@@ -289,24 +276,34 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
         super()._complete_group(group)
         group['decoupled_weight_decay'] = group['decoupled']
 
-    def _update(self, group, gradient=_own_gradient):
+    def _updates(self, group):
+        # Handed the group itself and empty lists, as torch.compile takes this call for torch's own.
         lists: list[list[torch.Tensor]] = [[] for _ in range(6)]
-        params, _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
-        if group['fused']:
-            self._match_layout([p for p in group['params'] if p in self.state], [])
-        # A graph break under torch.compile. Captured in one graph, as it would be if it were handed the group itself,
-        # a resumed run departs from the uninterrupted one in the last digits.
         self._init_group(group, *lists)
-        grads = [gradient(p) for p in params]
-        if group['fused']:
-            grads = self._match_layout(params, grads)
+        params, grads, averages, squares, maxima, steps = lists
+        updates = []
+        for index, (param, grad) in enumerate(zip(params, grads)):
+            state = {'exp_avg': averages[index], 'exp_avg_sq': squares[index], 'step': steps[index]}
+            if group['amsgrad']:
+                state['max_exp_avg_sq'] = maxima[index]
+            for key, value in state.items():
+                state[key] = _matched(group, param, value)
+                if state[key] is not value:
+                    self.state[param][key] = state[key]
+            updates.append(Update(param, _matched(group, param, grad), state))
+        return updates
+
+    def _update(self, group, updates):
+        def of_all(key: str) -> list[torch.Tensor]:
+            return [update.state[key] for update in updates if key in update.state]
+
         adam(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            steps,
+            [update.param for update in updates],
+            [update.grad for update in updates],
+            of_all('exp_avg'),
+            of_all('exp_avg_sq'),
+            of_all('max_exp_avg_sq'),
+            of_all('step'),
             amsgrad=group['amsgrad'],
             beta1=group['betas'][0],
             beta2=group['betas'][1],

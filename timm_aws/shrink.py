@@ -18,6 +18,7 @@ __all__ = [
     'add_shrink',
     'filter_length',
     'is_free_to_look_at',
+    'is_on_cpu',
     'length_dtype',
     'shrink_multiplier',
 ]
@@ -37,30 +38,16 @@ def filter_length(weight: torch.Tensor, normalization: str) -> torch.Tensor:
         Lengths, (out_channels, 1, ...), in float32 for weights of lower precision. Where the squares of a filter
         overflow, from elements of about 1e19 in float32 on, its length is right on the CPU and inf on other devices.
     """
-    if torch.compiler.is_compiling() and _is_plain(weight):
-        return _filter_length_as_operator(weight, normalization)
     # Reduced over the dimensions as they are: flatten would copy a channels_last weight. (torch.std does the same in
     # ten times the time.)
     dims = tuple(range(1, weight.ndim))
     weight = weight.to(length_dtype(weight))
-    length = _length(weight, normalization, dims)
-    if is_free_to_look_at(weight) and not length.sum() < math.inf:
+    length, may_be_infinite = _length(weight, normalization, dims)
+    if may_be_infinite and not length.sum() < math.inf:
         largest = weight.abs().amax(dims, keepdim=True)
-        scaled = largest * _length(weight / largest, normalization, dims)
+        scaled = largest * _length(weight / largest, normalization, dims)[0]
         length = torch.where(length.isfinite(), length, scaled.clamp_(max=torch.finfo(weight.dtype).max))
     return length / math.sqrt(math.prod(weight.shape[1:])) if normalization == 'ws' else length
-
-
-# One operator, so that what is compiled measures as eager code does. torch 2.15 also fails to compile for the CPU what
-# both reduces a weight and updates it (KeyError in torch._inductor, pytorch issue 196570).
-@torch.library.custom_op('timm_aws::filter_length', mutates_args=())
-def _filter_length_as_operator(weight: torch.Tensor, normalization: str) -> torch.Tensor:
-    return filter_length(weight, normalization)
-
-
-@_filter_length_as_operator.register_fake
-def _(weight: torch.Tensor, normalization: str) -> torch.Tensor:
-    return weight.new_empty((weight.shape[0], *[1] * (weight.ndim - 1)), dtype=length_dtype(weight))
 
 
 def length_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -70,30 +57,33 @@ def length_dtype(weight: torch.Tensor) -> torch.dtype:
 
 def is_free_to_look_at(tensor: torch.Tensor) -> bool:
     """Whether values can be looked at without waiting for a device or for other processes (a DTensor)."""
-    return _is_plain(tensor) and not torch.compiler.is_compiling()
+    return is_on_cpu(tensor) and not torch.compiler.is_compiling()
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is all in the memory of this process, not on a device, nor in part in other processes."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == 'cpu'
 
 
-def _length(weight: torch.Tensor, normalization: str, dims: tuple[int, ...]) -> torch.Tensor:
-    """Returns ||W|| for 'wn', else ||W - mean W||, from ||W|| and mean W alone where that loses no digits."""
-    length = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
+def _length(weight: torch.Tensor, normalization: str, dims: tuple[int, ...]) -> tuple[torch.Tensor, bool]:
+    """Returns ||W|| for 'wn', else ||W - mean W||, and whether it may have overflowed and can be looked at."""
+    length, can_be_looked_at = torch.linalg.vector_norm(weight, dim=dims, keepdim=True), is_free_to_look_at(weight)
     if normalization == 'wn':
-        return length
+        return length, can_be_looked_at
     elements = math.prod(weight.shape[1:])
     # Not weight.mean: that of a DTensor with fewer filters than processes comes out replicated, and so would the step.
-    mean = weight.sum(dims, keepdim=True) / elements
-    if not is_free_to_look_at(weight):
-        return torch.linalg.vector_norm(weight - mean, dim=dims, keepdim=True)
-    square = length.square()
-    rest = torch.addcmul(square, mean, mean, value=-elements)
+    total = weight.sum(dims, keepdim=True)
+    if not can_be_looked_at:
+        return torch.linalg.vector_norm(weight - total / elements, dim=dims, keepdim=True), False
+    # From ||W|| and mean W alone, where that loses no digits.
+    square = length.square_()
+    rest = torch.addcmul(square, total, total, value=-1 / elements)
     exact = rest > 0.5 * square
     if exact.all():
-        return rest.sqrt_()
+        return rest.sqrt_(), False
     # Filter by filter, so that what is in one does not change the last digit of another.
-    return torch.where(exact, rest.sqrt_(), torch.linalg.vector_norm(weight - mean, dim=dims, keepdim=True))
+    two_passes = torch.linalg.vector_norm(weight - total / elements, dim=dims, keepdim=True)
+    return torch.where(exact, rest.sqrt_(), two_passes), True
 
 
 def shrink_multiplier(length: torch.Tensor, lr: float | torch.Tensor, alpha: float) -> torch.Tensor:
@@ -127,10 +117,10 @@ def add_shrink(
         weight: Filters, (out_channels, ...); not changed.
         length: Filter lengths, (out_channels, 1, ...).
         alpha: Shrink coefficient, gamma = alpha * length.
-        maximize: Whether the gradient is to be climbed: it then enters with a minus, the shrink does not.
+        maximize: Whether the gradient is to be climbed: gamma * W is then taken off, so that W shrinks all the same.
 
     Returns:
         New tensor in the shape, the dtype and the memory format of the weight.
     """
-    shrunk = (weight * (alpha * length)).to(weight.dtype)
-    return shrunk.sub_(grad) if maximize else shrunk.add_(grad)
+    shrunk = (weight * ((-alpha if maximize else alpha) * length)).to(weight.dtype)
+    return shrunk.add_(grad)

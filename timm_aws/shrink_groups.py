@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from .handed_over import length_for_step
 from .shrink import NORMALIZATIONS, is_free_to_look_at, shrink_multiplier
 
 __all__ = ['ShrinkGroups', 'evaluate']
@@ -77,14 +76,13 @@ class ShrinkGroups(torch.optim.Optimizer):
     def _shrinks(self, group: dict[str, Any], param: torch.Tensor) -> bool:
         return group[self.alpha_key] != 0 and param.ndim >= 2
 
-    def _multiplier(self, group: dict[str, Any], param: torch.Tensor) -> torch.Tensor:
+    def _multiplier(self, group: dict[str, Any], param: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """Computes the decoupled shrink of a parameter; the first that takes a whole filter away is warned of."""
-        length = length_for_step(param, group['normalization'])
         multiplier = shrink_multiplier(length, group['lr'], group[self.alpha_key])
-        if not self._stop_was_said and is_free_to_look_at(param) and (multiplier == 0).any():
+        if not self._stop_was_said and is_free_to_look_at(param) and not multiplier.all():
             self._stop_was_said = True
             warnings.warn(
-                f'{type(self).__name__} shrinks filters of a weight of shape {tuple(param.shape)} to 0, as '
+                f'{type(self).__name__} shrinks filters of shape {tuple(param.shape[1:])} to 0, as '
                 f'1 - lr * {self.alpha_key} * length stops there: lower {self.alpha_key}={group[self.alpha_key]!r} or '
                 f'lr={group["lr"]!r}. This is said once.',
                 stacklevel=2,
