@@ -51,28 +51,29 @@ class _CoupledOrDecoupled(ShrinkGroups):
             self._update(group, [update for update in updates if not self._shrinks(group, update.param)])
             shrunk = [update for update in updates if self._shrinks(group, update.param)]
             for part in self._in_parts(group, shrunk):
-                part = [self._shrink(group, update, _length(group, update)) for update in part]
+                for update in part:
+                    self._shrink(group, update, _length(group, update))
                 self._update({**group, 'weight_decay': 0}, part)
         return loss
 
     def _in_parts(self, group: dict[str, Any], updates: list[Update]) -> Iterable[list[Update]]:
-        """Yields what is to be shrunk and updated before the next is."""
+        """Parts the updates into those that are made before the next are, with the lengths that are known."""
         params = [update.param for update in updates]
         at_once = _uses_foreach(group, params) or (group['fused'] and params and params[0].is_cuda)
         if at_once or torch.compiler.is_compiling():
-            lengths = lengths_for_step(params, group['normalization'])
-            yield [update._replace(length=length) for update, length in zip(updates, lengths)]
-        else:
-            handed = [take_over(param, group['normalization']) for param in params]
-            yield from in_cache(update._replace(length=length) for update, length in zip(updates, handed))
+            for update, length in zip(updates, lengths_for_step(params, group['normalization'])):
+                update.length = length
+            return [updates]
+        for update in updates:
+            update.length = take_over(update.param, group['normalization'])
+        return in_cache(updates)
 
-    def _shrink(self, group: dict[str, Any], update: Update, length: torch.Tensor) -> Update:
-        """Shrinks a weight, or returns the update with the gradient that will."""
-        if not group['decoupled']:
-            grad = add_shrink(update.grad, update.param, length, group['alpha'], group['maximize'])
-            return update._replace(grad=grad)
-        update.param.mul_(self._multiplier(group, update.param, length))
-        return update
+    def _shrink(self, group: dict[str, Any], update: Update, length: torch.Tensor) -> None:
+        """Shrinks a weight, or replaces the gradient of its update by one that will."""
+        if group['decoupled']:
+            update.param.mul_(self._multiplier(group, update.param, length))
+        else:
+            update.grad = add_shrink(update.grad, update.param, length, group['alpha'], group['maximize'])
 
     def _updates(self, group: dict[str, Any]) -> list[Update]:
         """Gathers what a step of the group's parameters reads and changes, of those that have a gradient."""
@@ -173,12 +174,12 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
         buffer = update.state.get('momentum_buffer')
         # A momentum near 0, by which the shrink is divided below, would make it overflow.
         if group['decoupled'] or group['nesterov'] or group['momentum'] < 1e-3 or buffer is None:
-            return super()._shrink(group, update, length)
+            super()._shrink(group, update, length)
+            return
         # What joins the gradient ends up in the buffer, times 1 - dampening, after the buffer's own decay. So it can be
         # put there beforehand, in place, where a gradient to add it to would have to be a new tensor.
         share = (1 - group['dampening']) / group['momentum']
         buffer.addcmul_(update.param, length, value=group['alpha'] * share)
-        return update
 
     def _update(self, group, updates):
         buffers = [update.state.get('momentum_buffer') for update in updates]

@@ -4,7 +4,8 @@ A shrink and torch's update behind it each pass over a parameter and its state. 
 the first has left everything in the cache, and as much again if not.
 """
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,12 +16,13 @@ __all__ = ['Update', 'in_cache']
 _ELEMENTS = 2 ** 20  # of one piece: 4 MiB each of weight, gradient and state, the best of 2^16 to 2^21
 
 
-class Update(NamedTuple):
+@dataclass
+class Update:
     """What one step reads and changes of a parameter, or of some of its filters.
 
     Attributes:
         param: Changed in place.
-        grad: Read.
+        grad: What torch's update takes for the gradient; read.
         state: Of the optimizer for this parameter, changed in place; None for what the step is still to make.
         length: Filter lengths, (out_channels, 1, ...); None where they are still to be measured.
     """
@@ -53,7 +55,7 @@ def in_cache(updates: Iterable[Update]) -> Iterable[list[Update]]:
 
 
 def _pieces(update: Update) -> list[Update]:
-    param, grad, state, length = update
+    param, state = update.param, update.state
     filters = max(1, _ELEMENTS * len(param) // max(1, param.numel()))
     # Where the filters do not lie one behind the other, a piece has gaps, over which torch's fused updates would walk.
     # A state that the step is still to make has to be made whole.
@@ -62,8 +64,12 @@ def _pieces(update: Update) -> list[Update]:
         return [update]
     params = param.split(filters)
     # What is no tensor of elements is the count of steps, which each piece counts up: all but the first on a copy.
-    states = {key: value.split(filters) if value.shape == param.shape else [value, *(value.clone() for _ in params[1:])]
-              for key, value in state.items() if value is not None}
-    lengths = [None] * len(params) if length is None else length.split(filters)
-    return [Update(*tensors, {key: values[index] for key, values in states.items()}, lengths[index])
-            for index, tensors in enumerate(zip(params, grad.split(filters)))]
+    states = {
+        key: value.split(filters) if value.shape == param.shape else [value, *(value.clone() for _ in params[1:])]
+        for key, value in state.items()
+    }
+    lengths = [None] * len(params) if update.length is None else update.length.split(filters)
+    return [
+        Update(*tensors, {key: values[index] for key, values in states.items()}, lengths[index])
+        for index, tensors in enumerate(zip(params, update.grad.split(filters)))
+    ]
