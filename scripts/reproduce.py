@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
     with ProcessPoolExecutor(
             options.jobs, multiprocessing.get_context('spawn'), _start_worker,
             (images.share(), preset, options.device, threads)) as pool, tqdm(unit='training') as progress:
-        # Again and again, as the policies' best strengths are known only after their tuning.
+        # Again and again, as best strengths are known only after their tuning.
         while cells := pending(experiments, preset, lines):
             progress.total = progress.n + len(cells)
             for result in run_cells(cells, pool):

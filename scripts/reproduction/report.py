@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from .grid import (
     ADAM_LR,
+    NETWORK_BUDGET,
     POLICIES,
     POLICY_LRS,
     POLICY_SCALES,
@@ -22,6 +23,7 @@ from .grid import (
     TYPICAL_DECAY,
     Cell,
     Preset,
+    tuned_on_network,
     tuned_strength,
 )
 from .rules import RULES
@@ -100,7 +102,8 @@ def tables(lines: Lines, preset: Preset) -> str:
         f'accuracy below one and a half times chance. {first["hardware"]}; {_versions(lines)}.\n'
     )
     parts = (_table1, _table2, _table3, _over_networks, _layers, _spread)
-    return '\n'.join([about, *(part(lines) for part in parts), _policies(lines, preset)])
+    return '\n'.join(
+        [about, *(part(lines) for part in parts), _table3_tuned(lines, preset), _policies(lines, preset)])
 
 
 def _versions(lines: Lines) -> str:
@@ -151,33 +154,58 @@ _BASELINE, _DECAY, _AWS = (
 
 
 def _table3(lines: Lines) -> str:
-    columns = (_BASELINE, _DECAY, _AWS)
-
-    def told(network: str, normalization: str, rule: str, strength: float) -> str:
-        return _told_seeds(_seeds(lines, Cell(network, normalization, rule, SGD_LR, strength)))
-
     return _markdown(
         'Table 3: networks',
         ('network', 'baseline', 'WS + WD', 'WS + AWS', 'paper: baseline', 'paper: WS + WD', 'paper: WS + AWS'),
-        ([network, *(told(network, *column) for column in columns), *map(_paper, paper)]
+        ([network, *map(_told_seeds, _compared(lines, network)), *map(_paper, paper)]
          for network, paper in _PAPER_3.items()))
 
 
+def _compared(lines: Lines, network: str) -> list[list[dict[str, Any]]]:
+    """Returns a network's trainings for each column of table 3, those of the seeds that every column has."""
+    columns = [_seeds(lines, Cell(network, *column[:2], SGD_LR, column[2])) for column in (_BASELINE, _DECAY, _AWS)]
+    common = set.intersection(*({line['seed'] for line in column} for column in columns))
+    return [[line for line in column if line['seed'] in common] for column in columns]
+
+
 def _over_networks(lines: Lines) -> str:
-    def accuracy(network: str, normalization: str, rule: str, strength: float) -> float | None:
-        found = _seeds(lines, Cell(network, normalization, rule, SGD_LR, strength))
-        return statistics.mean(map(final_accuracy, found)) if found else None
-
-    def row(title: str, ours: tuple[str, str, float], base: tuple[str, str, float]) -> list[str]:
-        pairs = [(accuracy(network, *ours), accuracy(network, *base)) for network in _PAPER_3]
-        gains = [one - other for one, other in pairs if one is not None and other is not None]
-        error = f' ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f}' if len(gains) > 1 else ''
-        return [title, f'{statistics.mean(gains):+.1f}{error}' if gains else 'not run', f'{len(gains)}']
-
+    baseline, decay, aws = zip(*(_compared(lines, network) for network in _PAPER_3))
     return _markdown(
-        'Table 3: mean difference over the networks, and its standard error', ('difference', 'points', 'networks'), [
-            row('WS + WD less baseline', _DECAY, _BASELINE), row('WS + AWS less baseline', _AWS, _BASELINE),
-            row('WS + AWS less WS + WD', _AWS, _DECAY)])
+        'Table 3: mean difference over the networks, and its standard error', ('difference', 'points', 'networks'),
+        [[title, *_difference(ours, base)] for title, ours, base in (
+            ('WS + WD less baseline', decay, baseline), ('WS + AWS less baseline', aws, baseline),
+            ('WS + AWS less WS + WD', aws, decay))])
+
+
+def _difference(ours: Iterable[list[dict[str, Any]]], base: Iterable[list[dict[str, Any]]]) -> list[str]:
+    """Tells the mean difference over networks, each with trainings of some seeds, and the number of networks."""
+    gains = [_mean(one) - _mean(other) for one, other in zip(ours, base) if one and other]
+    error = f' ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f}' if len(gains) > 1 else ''
+    return [f'{statistics.mean(gains):+.1f}{error}' if gains else 'not run', f'{len(gains)}']
+
+
+def _mean(found: list[dict[str, Any]]) -> float:
+    return statistics.mean(map(final_accuracy, found))
+
+
+def _table3_tuned(lines: Lines, preset: Preset) -> str:
+    accuracy = {cell: final_accuracy(line) for cell, line in lines.items()}
+    measured: dict[str, list[list[dict[str, Any]]]] = {rule: [] for rule in NETWORK_BUDGET}
+
+    def told(network: str, rule: str) -> list[str]:
+        tuning = [lines.get(Cell(network, 'ws', rule, SGD_LR, strength)) for strength in NETWORK_BUDGET[rule]]
+        best = tuned_on_network(network, rule, preset, accuracy)
+        fresh = [line for line in _seeds(lines, best) if line['seed'] != best.seed] if best else []
+        measured[rule].append(fresh)
+        return [*map(_told, tuning), f'{best.strength:g}' if best else '', _told_seeds(fresh)]
+
+    rows = [[network, *(text for rule in NETWORK_BUDGET for text in told(network, rule))] for network in _PAPER_3]
+    points, networks = _difference(measured['aws'], measured['l2'])
+    return _markdown(
+        'Table 3, tuned: one seed to tune each network, other seeds to measure', (
+            'network', *(f'λ = {strength:g}' for strength in NETWORK_BUDGET['l2']), 'best λ', 'WS + WD, other seeds',
+            *(f'α = {strength:g}' for strength in NETWORK_BUDGET['aws']), 'best α', 'WS + AWS, other seeds'),
+        rows) + f'\nWS + AWS less WS + WD, tuned, over {networks} networks: {points} points.\n'
 
 
 def _layers(lines: Lines) -> str:
