@@ -1,7 +1,8 @@
 """The lengths that a forward of Weight Standardization has measured, handed over to the step that follows it.
 
 A length that was handed over is good for one step: torch does not see that a fused step changes the weight. An edit of
-`weight.data` in place between the two is not seen either, and the step then shrinks by the length before it.
+`weight.data` in place between the two is not seen either, and the step then shrinks by the length before it. Nor is, by
+a step compiled for a backend that does not count its changes ahead (`eager`), a single operation in place.
 """
 import torch
 
