@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import timm_aws
-from timm_aws import AwsAdam, AwsSGD, CWNConv2d, WNConv2d, WSConv2d, handed_over, normalized_conv, optimizers
+from timm_aws import AwsAdam, AwsSGD, CWNConv2d, WNConv2d, WSConv2d, handed_over, normalized_conv, optimizers, updates
 from timm_aws.any_optimizer import aws_optimizer
 from timm_aws.shrink import filter_length
 
@@ -248,22 +248,42 @@ def measured(monkeypatch):
     return calls
 
 
+def _longer(conv):
+    conv.weight.mul_(3)
+
+
+def _longer_data(conv):
+    conv.weight.data = 3 * conv.weight.data
+
+
+def _longer_loaded(conv):
+    conv.load_state_dict({name: 3 * value for name, value in conv.state_dict().items()})
+
+
+def _longer_parameter(conv):
+    conv.weight = nn.Parameter(3 * conv.weight)
+
+
+@pytest.mark.parametrize('elements', [2 ** 20, 72])
 @pytest.mark.parametrize('name', OPTIMIZERS)
-def test_a_step_after_a_forward_measures_nothing_and_equals_one_that_does(name, measured):
+def test_a_step_after_a_forward_measures_nothing_and_equals_one_that_does(name, elements, measured, monkeypatch):
+    """Whole, or two filters of 36 elements at a time."""
+    monkeypatch.setattr(updates, '_ELEMENTS', elements)
     first, second = _conv(), _conv()
     ours, theirs = (OPTIMIZERS[name]([conv.weight], lr=0.1, alpha=0.5) for conv in (first, second))
-    for step in range(3):
+    for _ in range(3):
         first(X).cos().sum().backward()
         second.weight.grad = first.weight.grad.clone()
+        del measured[:]
         ours.step()
-        assert len(measured) == step
+        assert not measured
         theirs.step()
-        assert len(measured) == step + 1
+        assert measured
         torch.testing.assert_close(first.weight, second.weight, rtol=1e-6, atol=1e-7)
         first.weight.grad = None
 
 
-@pytest.mark.parametrize('change', [None, '_longer', '_longer_loaded'])
+@pytest.mark.parametrize('change', [None, _longer, _longer_loaded])
 @pytest.mark.parametrize('cls', [AwsSGD, AwsAdam])
 def test_a_compiled_step_takes_over_what_a_forward_has_measured_unless_the_weight_has_changed(cls, change, measured):
     """A compiled graph counts its own change of the weight before it makes it."""
@@ -277,7 +297,7 @@ def test_a_compiled_step_takes_over_what_a_forward_has_measured_unless_the_weigh
         if change:
             for conv in (first, second):
                 with torch.no_grad():
-                    globals()[change](conv)
+                    change(conv)
         del measured[:]
         step()
         assert measured == (['ws'] if change else [])
@@ -303,20 +323,14 @@ def test_a_length_is_handed_over_once_as_torch_does_not_see_a_fused_step():
     _assert_true_length(conv)
 
 
-def _longer(conv):
-    conv.weight.mul_(3)
-
-
-def _longer_data(conv):
-    conv.weight.data = 3 * conv.weight.data
-
-
-def _longer_loaded(conv):
-    conv.load_state_dict({name: 3 * value for name, value in conv.state_dict().items()})
-
-
-def _longer_parameter(conv):
-    conv.weight = nn.Parameter(3 * conv.weight)
+@pytest.mark.parametrize('cls', [AwsSGD, AwsAdam])
+def test_a_length_does_not_outlast_a_step_without_shrink(cls):
+    conv = _conv()
+    optimizer = cls([conv.weight], lr=0.5, alpha=0., fused=True)
+    conv(X).sum().backward()
+    conv.weight.grad.add_(torch.randn_like(conv.weight))
+    optimizer.step()
+    _assert_true_length(conv)
 
 
 @pytest.mark.parametrize('change', [_longer, _longer_data, _longer_loaded, _longer_parameter, WSConv2d.double])

@@ -75,6 +75,19 @@ def test_forward_in_lower_precision(cls, dtype, tolerance, memory_format):
 
 
 @pytest.mark.parametrize('cls', LAYERS)
+def test_normalized_weight_and_gradient_keep_the_memory_format_and_are_those_of_the_contiguous_weight(cls):
+    contiguous, channels_last = _conv(cls), _conv(cls).to(memory_format=torch.channels_last)
+    upstream = torch.randn_like(contiguous.weight)
+    for conv in (contiguous, channels_last):
+        weight = conv.normalized_weight()
+        weight.backward(upstream.to(memory_format=torch.preserve_format))
+        assert weight.stride() == conv.weight.stride()
+    assert channels_last.weight.grad.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(contiguous.normalized_weight(), channels_last.normalized_weight(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(contiguous.weight.grad, channels_last.weight.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize('cls', LAYERS)
 def test_forward_under_autocast(cls):
     conv, x = _conv(cls, torch.float32), _input(torch.float32)
     with torch.autocast('cpu', torch.bfloat16):

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import pickle
+import weakref
 
 import pytest
 import reference
@@ -12,7 +13,7 @@ import timm.optim
 import torch
 from torch._dynamo.utils import counters
 
-from timm_aws import AwsAdam, AwsSGD, updates
+from timm_aws import AwsAdam, AwsSGD, optimizers, shrink, updates
 from timm_aws.any_optimizer import aws_optimizer
 
 STEPS = 20
@@ -109,6 +110,72 @@ def test_cut_between_filters_equals_reference(
     """Three filters of twelve elements, one or two at a time."""
     monkeypatch.setattr(updates, '_ELEMENTS', elements)
     _assert_equals_reference(cls, rule, setting, 'ws', decoupled, False, PATHS[path], FORMATS[memory_format])
+
+
+def test_large_weights_are_cut_and_small_ones_put_together(monkeypatch):
+    monkeypatch.setattr(updates, '_ELEMENTS', 24)
+    params = [torch.arange(12. * filters).view(filters, 12) for filters in (1, 1, 5, 1, 2)]
+    grads = [-param for param in params]
+    whole = [
+        updates.Update(param, grad, {'momentum_buffer': 2 * param, 'step': torch.tensor(3.)}, param[:, :1])
+        for param, grad in zip(params, grads)
+    ]
+    parts = list(updates.in_cache(whole))
+    assert [[len(update.param) for update in part] for part in parts] == [[1, 1], [2], [2], [1, 1], [2]]
+    pieces = [update for part in parts for update in part]
+    assert torch.equal(torch.cat([update.param for update in pieces]), torch.cat(params))
+    for update in pieces:
+        assert torch.equal(update.grad, -update.param)
+        assert torch.equal(update.state['momentum_buffer'], 2 * update.param)
+        assert torch.equal(update.length, update.param[:, :1])
+    assert len({id(update.state['step']) for update in pieces[2:5]}) == 3
+    assert pieces[2].state['step'] is whole[2].state['step']
+    made = updates.Update(params[2], grads[2], {'momentum_buffer': None})
+    assert [len(update.param) for part in updates.in_cache([made]) for update in part] == [5]
+
+
+def test_a_step_keeps_no_gradient_that_it_made_until_the_next_part(monkeypatch):
+    """As many temporary gradients as a part holds, one here."""
+    monkeypatch.setattr(updates, '_ELEMENTS', 1)
+    params = [torch.nn.Parameter(torch.randn(1, 12)) for _ in range(5)]
+    for param in params:
+        param.grad = torch.randn(1, 12)
+    made, alive = [], []
+
+    def add_and_count(*args):
+        alive.append(sum(grad() is not None for grad in made))
+        grad = shrink.add_shrink(*args)
+        made.append(weakref.ref(grad))
+        return grad
+
+    monkeypatch.setattr(optimizers, 'add_shrink', add_and_count)
+    AwsSGD(params, lr=0.1, momentum=0.9, nesterov=True, alpha=0.5, foreach=False).step()
+    assert len(alive) == 5
+    assert max(alive) <= 1
+
+
+@pytest.mark.parametrize('cls', [AwsSGD, AwsAdam])
+def test_a_gradient_that_differs_in_the_stride_of_one_element_is_taken_as_it_is(cls):
+    """As those of 1 x 1 convolutions do under channels_last."""
+    weight = torch.randn(4, 8, 1, 1).to(memory_format=torch.channels_last)
+    grad = torch.randn(4, 8).as_strided((4, 8, 1, 1), (8, 1, 1, 1))
+    assert grad.stride() != weight.stride()
+    fused, loop = (torch.nn.Parameter(weight.clone()) for _ in range(2))
+    fused.grad, loop.grad = grad, grad
+    optimizer = cls([fused], lr=0.1, alpha=0.5, fused=True)
+    assert optimizer._gather(optimizer.param_groups[0])[0].grad is grad
+    optimizer.step()
+    cls([loop], lr=0.1, alpha=0.5, foreach=False).step()
+    torch.testing.assert_close(fused, loop)
+
+
+@pytest.mark.parametrize('normalization', ['ws', 'wn', 'cwn'])
+@pytest.mark.parametrize('shape', [(0, 3), (4, 0), (0, 0)])
+def test_weights_without_elements(shape, normalization):
+    for cls, path in itertools.product((AwsSGD, AwsAdam), PATHS.values()):
+        param = torch.nn.Parameter(torch.empty(shape))
+        param.grad = torch.empty(shape)
+        cls([param], lr=0.1, alpha=0.5, normalization=normalization, **path).step()
 
 
 @pytest.mark.parametrize('cls', [AwsSGD, AwsAdam])
@@ -536,28 +603,34 @@ def test_compiled_step_equals_eager(cls, decoupled):
     torch.testing.assert_close(compiled.detach(), eager.detach(), rtol=1e-6, atol=atol)
 
 
-@pytest.mark.parametrize(('cls', 'decoupled'), [(AwsSGD, False), (AwsSGD, True), (AwsAdam, True)])
+@pytest.mark.parametrize('decoupled', [False, True])
+@pytest.mark.parametrize('cls', [AwsSGD, AwsAdam])
 def test_step_compiled_for_the_cpu_equals_eager_as_one_graph_for_every_lr(cls, decoupled):
     """With torch's own code generator, over what it cannot reduce and update in one graph by itself."""
     generator = torch.Generator().manual_seed(0)
     shapes = (64, 16, 3, 3), (64, 64, 1, 1), (10, 64), (64,)
     weights = [torch.randn(shape, generator=generator) * 0.05 for shape in shapes]
     options = {'alpha': 0.5, 'decoupled': decoupled, **({'momentum': 0.9} if cls is AwsSGD else {})}
-    eager, compiled = (
-        cls([torch.nn.Parameter(weight.clone()) for weight in weights], lr=torch.tensor(0.1), **options)
-        for _ in range(2))
+    lr = torch.tensor(0.1)
+
+    def made():
+        params = [torch.nn.Parameter(weight.clone()) for weight in weights]
+        plain = {'params': params[2:], 'alpha': 0., 'normalization': None, 'weight_decay': 0.01}
+        return params, cls([{'params': params[:2]}, plain], lr=lr, **options)
+
+    (eager, first), (compiled, second) = made(), made()
     torch._dynamo.reset()
     counters.clear()
-    step = torch.compile(compiled.step)
-    for lr in (0.1, 0.1, 0.01, 0.001):
-        for optimizer in (eager, compiled):
-            optimizer.param_groups[0]['lr'].fill_(lr)
-        for one, other in zip(*(optimizer.param_groups[0]['params'] for optimizer in (eager, compiled))):
+    step = torch.compile(second.step)
+    for value in (0.1, 0.1, 0.01, 0.001):
+        lr.fill_(value)
+        for one, other in zip(eager, compiled):
             one.grad = torch.randn(one.shape, generator=generator) * 0.01
             other.grad = one.grad.clone()
-        eager.step()
+        first.step()
         step()
-    for one, other in zip(*(optimizer.param_groups[0]['params'] for optimizer in (eager, compiled))):
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=5e-6)
+    for one, other in zip(eager, compiled):
+        # The second moment of a coupled shrink is next to 0 for some, which the last digits then decide.
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=5e-6 if decoupled or cls is AwsSGD else 2e-4)
     assert not counters['graph_break']
     assert counters['stats']['unique_graphs'] <= 2  # the first step, which makes the state, and the others

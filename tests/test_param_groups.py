@@ -91,3 +91,26 @@ def test_param_groups_aws():
 def test_param_groups_aws_refuses_a_model_without_normalized_weights():
     with pytest.raises(ValueError, match='ResNet has no normalized weights'):
         timm_aws.param_groups_aws(timm.create_model('test_resnet'))
+
+
+def test_alpha_like_decay_of_filters_of_known_length():
+    """Stds 2, 2, 2 and 4, 4, 4 and 8, 8, 8: the median layer's filters shrink as under the decay."""
+    model = nn.Sequential(*(WSConv2d(1, 3, (1, 2), bias=False) for _ in range(3)), nn.Linear(2, 2))
+    with torch.no_grad():
+        for conv, std in zip(model, (2., 4., 8.)):
+            conv.weight.copy_(torch.tensor([5. - std, 5. + std]).expand(3, 1, 1, 2))
+    assert timm_aws.alpha_like_decay(model, 1e-2) == pytest.approx(1e-2 / 4)
+
+
+def test_alpha_like_decay_of_the_papers_network_is_about_its_best_alpha():
+    alpha = timm_aws.alpha_like_decay(timm.create_model('ws_resnet50'), 1e-4)
+    assert 0.5 * 2.5e-3 < alpha < 2.5e-3
+
+
+@pytest.mark.parametrize('model', [nn.Linear(2, 2), WSConv2d(1, 3, 2)])
+def test_alpha_like_decay_needs_filters_with_a_length(model):
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    with pytest.raises(ValueError, match='initialized'):
+        timm_aws.alpha_like_decay(model, 1e-4)

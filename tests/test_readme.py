@@ -67,10 +67,18 @@ def test_what_a_step_grows_by_is_what_was_measured():
 def test_findings_are_those_of_the_report():
     report = (ROOT / 'scripts/results/reproduce_cpu.md').read_text()
     text = ' '.join((ROOT / 'scripts/results/README.md').read_text().split())
-    gain, loss, behind = re.findall(r'\| WS \+ \w+ less .*? \| [+-]([\d.]+ ± [\d.]+) \|', report)
+    gain, loss, behind, matched = re.findall(r'\| WS \+ .*? less .*? \| [+-]([\d.]+ ± [\d.]+) \|', report)
+    tuned = re.search(r'tuned, over 6 networks: -([\d.]+ ± [\d.]+) points', report)[1]
     assert f'WS with decay {gain} points (standard error) above the baseline, WS with AWS {loss} below it' in text
-    assert f'behind by {behind}' in text
-    assert f'WS with AWS is {behind} points behind WS with decay' in ' '.join(README.split())
+    assert f'no, behind by {behind}; with one that fits, behind by {matched}' in text
+    assert f'is {matched} points behind decay instead of {behind}' in text
+    assert f'AWS is again {tuned} points behind' in text
+    rows = [line.split(' | ') for line in report[report.index('## Table 3, tuned'):].splitlines()[4:10]]
+    assert [row[6] for row in rows].count('0.01') == 5
+    assert [row[13] for row in rows].count('0.075') == 4
+    ours = ' '.join(README.split())
+    assert f'AWS is {tuned} points behind' in ours
+    assert f'it is {behind} points behind' in ours
     layers = report[report.index('## Figures 2 and 4'):report.index('## Figures 5')]
     decay, aws = (re.search(rf'\| {rule}.*? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+ to [\d.]+) \| ([\d.]+) \|', layers)
                   for rule in ('L2, SGD, λ = 0.01', 'AWS'))

@@ -81,6 +81,36 @@ def test_policies_are_tuned_before_they_are_compared():
         (lr, scale) for lr in (0.01, 0.1, 1.) for scale in (0.01, 1., 100.)} - {(0.1, 1.)}
 
 
+def test_networks_are_tuned_on_one_seed_and_measured_with_others():
+    preset = PRESETS['cpu']
+    tuning = cells_of('table3_tuned', preset, {})
+    assert {cell.seed for cell in tuning} == {0}
+    assert len(tuning) == 2 * 5 * 6
+    mine = [cell for cell in tuning if (cell.network, cell.rule) == ('resnet101', 'aws')]
+    accuracy = {cell: 20. if cell.strength == 0.75 else 10. for cell in mine}
+    assert {(cell.network, cell.rule, cell.strength, cell.seed)
+            for cell in cells_of('table3_tuned', preset, accuracy) if cell not in tuning} == {
+                ('resnet101', 'aws', 0.75, 1), ('resnet101', 'aws', 0.75, 2)}
+
+
+def test_columns_of_table_3_are_compared_on_the_seeds_that_all_have():
+    def column(normalization, rule, strength, accuracies):
+        return {
+            Cell('resnet50', normalization, rule, 0.1, strength, seed=seed): {
+                'seed': seed, 'num_classes': 20, 'val_accuracy': [accuracy], 'first_nonfinite_step': None,
+                'lengths': [[0.1, 0.3, 0.2]]}
+            for seed, accuracy in accuracies.items()}
+
+    lines = {
+        **column('none', 'l2', 0.01, {0: 40., 1: 42.}), **column('ws', 'l2', 0.01, {0: 43., 1: 45., 2: 80.}),
+        **column('ws', 'aws', 0.25, {0: 41., 1: 42., 3: 90.})}
+    assert '| resnet50 | 41.0 ± 1.4 (2 seeds) | 44.0 ± 1.4 (2 seeds) | 41.5 ± 0.7 (2 seeds) | not run | 0.20 |' \
+        in report._table3(lines)
+    assert '| WS + AWS less WS + WD | -2.5 | 1 |' in report._over_networks(lines)
+    alone = report._table3(column('none', 'l2', 0.01, {0: 40., 1: 42.}))
+    assert '| resnet50 | 41.0 ± 1.4 (2 seeds) | not run |' in alone
+
+
 def test_exponent_of_the_decay_is_the_sum_of_its_shares():
     record = train_cell(Cell('resnet10', 'ws', 'l2', 0.1, 0.5), PRESETS['smoke'], patterns(16))
     # 8 steps: 2 at 0.1, 3 at 0.01, 2 at 0.001, 1 at 0.0001, over 1 - 0.9.

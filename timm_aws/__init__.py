@@ -3,7 +3,7 @@ from . import ws_resnet
 from .effective_lr import decay_as_lr, effective_lr, equilibrium_angle
 from .normalized_conv import CWNConv2d, WNConv2d, WSConv2d, convert
 from .optimizers import AwsAdam, AwsSGD
-from .param_groups import normalized_weights, param_groups_aws
+from .param_groups import alpha_like_decay, normalized_weights, param_groups_aws
 from .record import Recorder
 from .timm_registry import register
 
@@ -14,6 +14,7 @@ __all__ = [
     'Recorder',
     'WNConv2d',
     'WSConv2d',
+    'alpha_like_decay',
     'convert',
     'decay_as_lr',
     'effective_lr',

@@ -1,8 +1,10 @@
 """The lengths that a forward of Weight Standardization has measured, handed over to the step that follows it.
 
-A length that was handed over is good for one step: torch does not see that a fused step changes the weight. An edit of
-`weight.data` in place between the two is not seen either, and the step then shrinks by the length before it. Nor is, by
-a step compiled for a backend that does not count its changes ahead (`eager`), a single operation in place.
+A length that was handed over is good for one step: torch does not see that a fused step changes the weight, and a step
+of an optimizer that does not ask leaves it behind. So a step of ours shrinks by the length of before where, since the
+last forward in training, the weight was changed by torch's own fused optimizers, by an edit of `weight.data` in place
+or, if ours is compiled so that it counts its change of the weight only when it makes it (backend `eager`, a graph that
+is broken in between), by a single operation in place.
 """
 import torch
 

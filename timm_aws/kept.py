@@ -43,7 +43,7 @@ class Kept:
         return value if identity == _identity(weight) else None
 
     def take(self, weight: torch.Tensor, ahead: int = 0) -> Any:
-        """Returns what `get` does, and keeps it no longer; also after `ahead` changes that torch has counted."""
+        """Returns what is kept for the weight as it was `ahead` counted changes ago, and keeps it no longer."""
         identity, value = self._entries.pop(weight, (None, None))
         return value if identity == _identity(weight, ahead) else None
 

@@ -14,6 +14,7 @@ import logging
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame, conv2d_same, register_notrace_module
@@ -27,6 +28,9 @@ from .shrink import NORMALIZATIONS
 __all__ = ['CWNConv2d', 'WNConv2d', 'WSConv2d', 'convert', 'fold_normalization']
 
 _logger = logging.getLogger(__name__)
+# Look at memory formats, which torch.fx cannot trace.
+torch.fx.wrap('_rows')
+torch.fx.wrap('_filters')
 
 # Added to the mean square of a filter's elements, below the root. It decides where scale invariance ends: filters
 # whose elements measure 1e-6 still come out right to 5e-5, while the rounding noise that is left of a constant filter
@@ -50,9 +54,27 @@ def standardize_weight(weight: torch.Tensor, eps: float = _EPS) -> torch.Tensor:
 
 def _standardize(weight: torch.Tensor, eps: float = _EPS) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the standardized filters and 1 / std of each, which torch.layer_norm computes as well, but keeps."""
-    rows = weight.flatten(1)
+    rows = _rows(weight)
     standardized, _, reciprocal_std = torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)
-    return standardized.view_as(weight), reciprocal_std
+    return _filters(standardized, weight), reciprocal_std
+
+
+def _is_channels_last(weight: torch.Tensor) -> bool:
+    if weight.ndim != 4 or weight.is_contiguous():
+        return False
+    return weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _rows(weight: torch.Tensor) -> torch.Tensor:
+    """Returns filters as rows, their elements in the order of memory, which spares channels_last weights two copies."""
+    return weight.permute(0, 2, 3, 1).flatten(1) if _is_channels_last(weight) else weight.flatten(1)
+
+
+def _filters(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Returns rows, made of what `_rows` returns of a weight, in the shape and the memory format of the weight."""
+    if _is_channels_last(weight):
+        return rows.view(weight.shape[0], weight.shape[2], weight.shape[3], weight.shape[1]).permute(0, 3, 1, 2)
+    return rows.view_as(weight)
 
 
 def normalize_weight(weight: torch.Tensor, eps: float = _EPS) -> torch.Tensor:
@@ -65,8 +87,8 @@ def normalize_weight(weight: torch.Tensor, eps: float = _EPS) -> torch.Tensor:
     Returns:
         Tensor of the same shape.
     """
-    rows = weight.flatten(1)
-    return (F.rms_norm(rows, rows.shape[1:], eps=eps) * rows.shape[1] ** -0.5).view_as(weight)
+    rows = _rows(weight)
+    return _filters(F.rms_norm(rows, rows.shape[1:], eps=eps) * rows.shape[1] ** -0.5, weight)
 
 
 def center_weight(weight: torch.Tensor, eps: float = _EPS) -> torch.Tensor:
@@ -79,8 +101,8 @@ def center_weight(weight: torch.Tensor, eps: float = _EPS) -> torch.Tensor:
     Returns:
         Tensor of the same shape.
     """
-    rows = weight.flatten(1)
-    return (F.layer_norm(rows, rows.shape[1:], eps=eps) * rows.shape[1] ** -0.5).view_as(weight)
+    rows = _rows(weight)
+    return _filters(F.layer_norm(rows, rows.shape[1:], eps=eps) * rows.shape[1] ** -0.5, weight)
 
 
 _kept_in_eval = Kept()
@@ -93,7 +115,8 @@ def _weight_to_use(conv: 'NormalizedConv2d') -> torch.Tensor:
         return conv.normalized_weight()
     # What torch does not see, its fused optimizers and edits of `.data`, shows in the sums over the filters, or across
     # them where elements change places. They take a fifth of the time, most of which goes into a new weight's memory.
-    sums = weight.sum(tuple(range(1, weight.ndim))), weight.sum(0)
+    rows = _rows(weight)
+    sums = rows.sum(1), rows.sum(0)
     kept = _kept_in_eval.get(weight)
     if kept is not None and kept[0] is type(conv) and all(map(torch.equal, kept[1], sums)):
         return kept[2]

@@ -47,17 +47,20 @@ class _CoupledOrDecoupled(ShrinkGroups):
         loss = evaluate(closure)
         self._check_gradients()
         for group in self.param_groups:
-            updates = self._updates(group)
-            self._update(group, [update for update in updates if not self._shrinks(group, update.param)])
+            updates = self._gather(group)
+            plain = [update for update in updates if not self._shrinks(group, update.param)]
+            for update in plain:
+                take_over(update.param, group['normalization'])  # must not outlast this step, see handed_over.py
+            self._torch_step(group, plain)
             shrunk = [update for update in updates if self._shrinks(group, update.param)]
             for part in self._in_parts(group, shrunk):
                 for update in part:
                     self._shrink(group, update, _length(group, update))
-                self._update({**group, 'weight_decay': 0}, part)
+                self._torch_step({**group, 'weight_decay': 0}, part)
         return loss
 
     def _in_parts(self, group: dict[str, Any], updates: list[Update]) -> Iterable[list[Update]]:
-        """Parts the updates into those that are made before the next are, with the lengths that are known."""
+        """Returns the updates, with the lengths that are known, in the parts in which they are to be taken."""
         params = [update.param for update in updates]
         at_once = _uses_foreach(group, params) or (group['fused'] and params and params[0].is_cuda)
         if at_once or torch.compiler.is_compiling():
@@ -75,11 +78,11 @@ class _CoupledOrDecoupled(ShrinkGroups):
         else:
             update.grad = add_shrink(update.grad, update.param, length, group['alpha'], group['maximize'])
 
-    def _updates(self, group: dict[str, Any]) -> list[Update]:
+    def _gather(self, group: dict[str, Any]) -> list[Update]:
         """Gathers what a step of the group's parameters reads and changes, of those that have a gradient."""
         raise NotImplementedError('This is what AwsSGD and AwsAdam have in common: use one of them.')
 
-    def _update(self, group: dict[str, Any], updates: list[Update]) -> None:
+    def _torch_step(self, group: dict[str, Any], updates: list[Update]) -> None:
         """Takes torch's own step, that of SGD or Adam."""
         raise NotImplementedError('This is what AwsSGD and AwsAdam have in common: use one of them.')
 
@@ -100,9 +103,16 @@ def _matched(group: dict[str, Any], param: torch.Tensor, tensor: torch.Tensor) -
 
     torch's fused CPU kernels walk all of them in storage order and are silently wrong where the strides differ.
     """
-    if not group['fused'] or tensor.shape != param.shape or tensor.stride() == param.stride():
+    if not group['fused'] or tensor.shape != param.shape or _same_order(tensor, param):
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+
+
+def _same_order(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether elements lie in the same order in both; the stride of a dimension of size 1 does not matter."""
+    strides = first.stride(), second.stride()
+    return strides[0] == strides[1] or all(
+        size == 1 or one == other for size, one, other in zip(first.shape, *strides))
 
 
 class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
@@ -159,14 +169,16 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
         self._set_shrink(alpha=alpha, normalization=normalization, decoupled=decoupled)
         self._step_supports_amp_scaling = False  # the shrink joins gradients that are unscaled
 
-    def _updates(self, group):
+    def _gather(self, group):
         updates = []
         for param in group['params']:
             if param.grad is not None:
-                state = self.state[param]
+                state = {}
                 if group['momentum'] != 0:
-                    buffer = state.get('momentum_buffer')
-                    state['momentum_buffer'] = None if buffer is None else _matched(group, param, buffer)
+                    buffer = self.state[param].get('momentum_buffer')
+                    if buffer is not None:
+                        buffer = self.state[param]['momentum_buffer'] = _matched(group, param, buffer)
+                    state['momentum_buffer'] = buffer
                 updates.append(Update(param, _matched(group, param, param.grad), state))
         return updates
 
@@ -181,12 +193,12 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
         share = (1 - group['dampening']) / group['momentum']
         buffer.addcmul_(update.param, length, value=group['alpha'] * share)
 
-    def _update(self, group, updates):
+    def _torch_step(self, group, updates):
         buffers = [update.state.get('momentum_buffer') for update in updates]
         fresh = [buffer is None for buffer in buffers]
         if group['fused'] and any(fresh) and not all(fresh):  # torch's fused update starts all buffers or none
             for kind in (True, False):
-                self._update(group, [update for update, is_fresh in zip(updates, fresh) if is_fresh is kind])
+                self._torch_step(group, [update for update, is_fresh in zip(updates, fresh) if is_fresh is kind])
             return
         grads = [update.grad for update in updates]
         if group['nesterov'] and _uses_foreach(group, grads):  # torch adds the momentum to the gradients in place
@@ -205,8 +217,9 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
             fused=group['fused'],
         )
         if group['momentum'] != 0:
-            for update, buffer in zip(updates, buffers):
-                update.state['momentum_buffer'] = buffer
+            for update, buffer, is_fresh in zip(updates, buffers, fresh):
+                if is_fresh:
+                    self.state[update.param]['momentum_buffer'] = buffer
 
 
 class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
@@ -277,7 +290,7 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
         super()._complete_group(group)
         group['decoupled_weight_decay'] = group['decoupled']
 
-    def _updates(self, group):
+    def _gather(self, group):
         # Handed the group itself and empty lists, as torch.compile takes this call for torch's own.
         lists: list[list[torch.Tensor]] = [[] for _ in range(6)]
         self._init_group(group, *lists)
@@ -294,7 +307,7 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
             updates.append(Update(param, _matched(group, param, grad), state))
         return updates
 
-    def _update(self, group, updates):
+    def _torch_step(self, group, updates):
         def of_all(key: str) -> list[torch.Tensor]:
             return [update.state[key] for update in updates if key in update.state]
 

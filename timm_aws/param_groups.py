@@ -1,4 +1,6 @@
 """Parameter groups: which parameters are normalized weights, and the split of groups by it."""
+import math
+import statistics
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -9,9 +11,9 @@ from timm.optim import param_groups_weight_decay
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .normalized_conv import NormalizedConv2d
-from .shrink import DEFAULT_ALPHA
+from .shrink import DEFAULT_ALPHA, filter_length
 
-__all__ = ['normalized_weights', 'param_groups_aws', 'split_normalized']
+__all__ = ['alpha_like_decay', 'normalized_weights', 'param_groups_aws', 'split_normalized']
 
 _FOREIGN = '(not of the model)'  # the name of a parameter that a user adds, one of the loss for example
 
@@ -48,6 +50,38 @@ def _normalized_in(module: nn.Module) -> Iterable[tuple[str, str]]:
         # The class is private to torch, its name and `dim` are all there is to know it by.
         if type(parametrizations[0]).__name__ == '_WeightNorm' and parametrizations[0].dim == 0:
             yield f'parametrizations.{name}.original1', 'wn'
+
+
+@torch.no_grad()
+def alpha_like_decay(model: nn.Module, weight_decay: float) -> float:
+    """Computes the alpha with which a model's filters shrink, as they are now, as under a weight decay.
+
+    gamma = alpha * length (Eq. 20) is then the weight decay for a filter of median length (the median over layers of
+    the median in each). For a model at its initialization, this is where to begin tuning alpha: the long filters of
+    narrow networks want a smaller one than the short filters of wide networks.
+
+    Args:
+        model: Model with normalized weights.
+        weight_decay: Weight decay that would be right for the normalized weights.
+
+    Returns:
+        alpha, per unit of weight.
+
+    Raises:
+        ValueError: If the model has no normalized weights, or if their median length is 0 or not finite.
+    """
+    normalization_of = normalized_weights(model)
+    lengths = [
+        filter_length(param.detach(), normalization_of[name]).median().item()
+        for name, param in model.named_parameters() if name in normalization_of
+    ]
+    length = statistics.median(lengths) if lengths else 0.
+    if not 0 < length < math.inf:
+        raise ValueError(
+            f'{type(model).__name__} has {len(lengths)} normalized weights, of median length {length!r}: give a model '
+            f'whose normalized weights are initialized.'
+        )
+    return weight_decay / length
 
 
 def param_groups_aws(

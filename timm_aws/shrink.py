@@ -42,12 +42,13 @@ def filter_length(weight: torch.Tensor, normalization: str) -> torch.Tensor:
     # ten times the time.)
     dims = tuple(range(1, weight.ndim))
     weight = weight.to(length_dtype(weight))
-    length, may_be_infinite = _length(weight, normalization, dims)
+    elements = max(1, math.prod(weight.shape[1:]))
+    length, may_be_infinite = _length(weight, normalization, dims, elements)
     if may_be_infinite and not length.sum() < math.inf:
         largest = weight.abs().amax(dims, keepdim=True)
-        scaled = largest * _length(weight / largest, normalization, dims)[0]
+        scaled = largest * _length(weight / largest, normalization, dims, elements)[0]
         length = torch.where(length.isfinite(), length, scaled.clamp_(max=torch.finfo(weight.dtype).max))
-    return length / math.sqrt(math.prod(weight.shape[1:])) if normalization == 'ws' else length
+    return length / math.sqrt(elements) if normalization == 'ws' else length
 
 
 def length_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -65,12 +66,12 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == 'cpu'
 
 
-def _length(weight: torch.Tensor, normalization: str, dims: tuple[int, ...]) -> tuple[torch.Tensor, bool]:
+def _length(
+        weight: torch.Tensor, normalization: str, dims: tuple[int, ...], elements: int) -> tuple[torch.Tensor, bool]:
     """Returns ||W|| for 'wn', else ||W - mean W||, and whether it may have overflowed and can be looked at."""
     length, can_be_looked_at = torch.linalg.vector_norm(weight, dim=dims, keepdim=True), is_free_to_look_at(weight)
     if normalization == 'wn':
         return length, can_be_looked_at
-    elements = math.prod(weight.shape[1:])
     # Not weight.mean: that of a DTensor with fewer filters than processes comes out replicated, and so would the step.
     total = weight.sum(dims, keepdim=True)
     if not can_be_looked_at:

@@ -4,7 +4,7 @@ A shrink and torch's update behind it each pass over a parameter and its state. 
 the first has left everything in the cache, and as much again if not.
 """
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def in_cache(updates: Iterable[Update]) -> Iterable[list[Update]]:
         updates: The updates of parameters.
 
     Returns:
-        The same updates, in parts that fit into the cache.
+        Copies of the updates, or of pieces of them, in parts that fit into the cache as far as filters do.
     """
     part: list[Update] = []
     left = _ELEMENTS
@@ -61,7 +61,7 @@ def _pieces(update: Update) -> list[Update]:
     # A state that the step is still to make has to be made whole.
     whole = len(param) <= filters or not is_free_to_look_at(param) or param.stride(0) * len(param) != param.numel()
     if whole or any(value is None for value in state.values()):
-        return [update]
+        return [replace(update)]  # a gradient that the step puts in its place is gone with the part
     params = param.split(filters)
     # What is no tensor of elements is the count of steps, which each piece counts up: all but the first on a copy.
     states = {

@@ -25,7 +25,7 @@ AFTER_FORWARD = ', after a forward'
 
 
 def _grouped(params: Params) -> list[dict[str, Any]]:
-    """Returns the groups that timm's factory makes for us: what is not normalized decays instead of being shrunk."""
+    """Returns groups in which convolutions are shrunk and the rest decays, as everything does in torch's rows."""
     return [
         {'params': [p for p in params if p.ndim == 4]},
         {'params': [p for p in params if p.ndim != 4], 'alpha': 0., 'normalization': None, 'weight_decay': DECAY},

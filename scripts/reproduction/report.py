@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from .grid import (
     ADAM_LR,
+    NARROW_ALPHA,
     NETWORK_BUDGET,
     POLICIES,
     POLICY_LRS,
@@ -149,32 +150,41 @@ def _table2(lines: Lines) -> str:
         map(row, alphas))
 
 
-_BASELINE, _DECAY, _AWS = (
-    ('none', 'l2', TYPICAL_DECAY), ('ws', 'l2', TYPICAL_DECAY), ('ws', 'aws', TYPICAL_ALPHA))
+_BASELINE, _DECAY, _AWS, _MATCHED = (
+    ('none', 'l2', TYPICAL_DECAY), ('ws', 'l2', TYPICAL_DECAY), ('ws', 'aws', TYPICAL_ALPHA),
+    ('ws', 'aws', NARROW_ALPHA))
 
 
 def _table3(lines: Lines) -> str:
+    def told(network: str) -> list[str]:
+        columns = _compared(lines, network)
+        decay = columns[1]
+        start = f'{statistics.median(decay[0]["lengths"][0]):.2f}' if decay else 'not run'
+        return [network, *map(_told_seeds, columns), start, *map(_paper, _PAPER_3[network])]
+
     return _markdown(
-        'Table 3: networks',
-        ('network', 'baseline', 'WS + WD', 'WS + AWS', 'paper: baseline', 'paper: WS + WD', 'paper: WS + AWS'),
-        ([network, *map(_told_seeds, _compared(lines, network)), *map(_paper, paper)]
-         for network, paper in _PAPER_3.items()))
+        'Table 3: networks', (
+            'network', 'baseline', 'WS + WD', 'WS + AWS', f'WS + AWS, α = {NARROW_ALPHA:g}', 'median std at the start',
+            'paper: baseline', 'paper: WS + WD', 'paper: WS + AWS'),
+        map(told, _PAPER_3))
 
 
 def _compared(lines: Lines, network: str) -> list[list[dict[str, Any]]]:
-    """Returns a network's trainings for each column of table 3, those of the seeds that every column has."""
-    columns = [_seeds(lines, Cell(network, *column[:2], SGD_LR, column[2])) for column in (_BASELINE, _DECAY, _AWS)]
-    common = set.intersection(*({line['seed'] for line in column} for column in columns))
+    """Returns a network's trainings for each column of table 3, of the seeds that the paper's columns all have."""
+    columns = [_seeds(lines, Cell(network, *column[:2], SGD_LR, column[2]))
+               for column in (_BASELINE, _DECAY, _AWS, _MATCHED)]
+    seeds = [{line['seed'] for line in column} for column in columns[:3] if column]
+    common = set.intersection(*seeds) if seeds else set()
     return [[line for line in column if line['seed'] in common] for column in columns]
 
 
 def _over_networks(lines: Lines) -> str:
-    baseline, decay, aws = zip(*(_compared(lines, network) for network in _PAPER_3))
+    baseline, decay, aws, matched = zip(*(_compared(lines, network) for network in _PAPER_3))
     return _markdown(
         'Table 3: mean difference over the networks, and its standard error', ('difference', 'points', 'networks'),
         [[title, *_difference(ours, base)] for title, ours, base in (
             ('WS + WD less baseline', decay, baseline), ('WS + AWS less baseline', aws, baseline),
-            ('WS + AWS less WS + WD', aws, decay))])
+            ('WS + AWS less WS + WD', aws, decay), (f'WS + AWS, α = {NARROW_ALPHA:g}, less WS + WD', matched, decay))])
 
 
 def _difference(ours: Iterable[list[dict[str, Any]]], base: Iterable[list[dict[str, Any]]]) -> list[str]:
