@@ -64,6 +64,16 @@ def test_what_a_step_grows_by_is_what_was_measured():
     assert all(point['peak_in_largest_parameters'] == 0 for sweep in ('network', 'tensors') for point in scale[sweep])
 
 
+def test_soak_is_what_was_measured():
+    result = json.loads((ROOT / 'scripts/results/soak.json').read_text())
+    rows = result['rows'].values()
+    memory, time = (100 * (max(row[key] for row in rows) - 1) for key in ('memory_ratio', 'time_ratio'))
+    text = ' '.join(README.split())
+    assert result['rows']['AwsSGD, fused']['steps'] == 20_000
+    assert f"memory grew by {memory:.2f} % at most, the time of a step by {time:.0f} % against torch's" in text
+    assert all(row['new_graphs'] == 0 for row in rows)
+
+
 def test_findings_are_those_of_the_report():
     report = (ROOT / 'scripts/results/reproduce_cpu.md').read_text()
     text = ' '.join((ROOT / 'scripts/results/README.md').read_text().split())

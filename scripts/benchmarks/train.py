@@ -16,7 +16,7 @@ from .turns import about, compare, save, show, take_turns
 
 __all__ = ['train']
 
-ROUNDS = 5
+ROUNDS = 9
 MODES = (  # threads, bf16 autocast, channels_last, compiled
     *itertools.product((2,), (False, True), (False, True), (False,)),
     *itertools.product((2,), (False, True), (True,), (True,)),
@@ -55,7 +55,7 @@ def _recorder(ms_of_training: float) -> float:
             if path:
                 timm_aws.Recorder(optimizer, path, every=1)
             rows[name] = optimizer.step
-        measured = compare(take_turns('recorder', rows, 4 * ROUNDS), dict.fromkeys(rows, OURS))
+        measured = compare(take_turns('recorder', rows, 2 * ROUNDS), dict.fromkeys(rows, OURS))
     show('2 threads, optimizer steps, each recorded', measured)
     interval = inspect.signature(timm_aws.Recorder).parameters['every'].default
     ms = measured[f'{OURS}, recording']['ms'] - measured[OURS]['ms']
