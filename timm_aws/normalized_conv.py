@@ -28,9 +28,10 @@ from .shrink import NORMALIZATIONS
 __all__ = ['CWNConv2d', 'WNConv2d', 'WSConv2d', 'convert', 'fold_normalization']
 
 _logger = logging.getLogger(__name__)
-# Look at memory formats, which torch.fx cannot trace.
-torch.fx.wrap('_rows')
-torch.fx.wrap('_filters')
+# torch.fx takes these as they are: it cannot trace that they look at memory formats.
+torch.fx.wrap('_standardize')
+torch.fx.wrap('normalize_weight')
+torch.fx.wrap('center_weight')
 
 # Added to the mean square of a filter's elements, below the root. It decides where scale invariance ends: filters
 # whose elements measure 1e-6 still come out right to 5e-5, while the rounding noise that is left of a constant filter
