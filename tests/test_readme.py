@@ -64,6 +64,11 @@ def test_what_a_step_grows_by_is_what_was_measured():
     assert all(point['peak_in_largest_parameters'] == 0 for sweep in ('network', 'tensors') for point in scale[sweep])
 
 
+def test_a_compiled_step_costs_what_that_of_torch_costs_within_a_tenth():
+    rows = json.loads((ROOT / 'scripts/results/bench_step.json').read_text())['threads']['2']
+    assert rows['AwsSGD, compiled, after a forward']['ratio'] < 1.1 * rows['torch SGD, compiled']['ratio']
+
+
 def test_soak_is_what_was_measured():
     result = json.loads((ROOT / 'scripts/results/soak.json').read_text())
     rows = result['rows'].values()
@@ -84,6 +89,8 @@ def test_findings_are_those_of_the_report():
     assert f'is {matched} points behind decay instead of {behind}' in text
     assert f'AWS is again {tuned} points behind' in text
     rows = [line.split(' | ') for line in report[report.index('## Table 3, tuned'):].splitlines()[4:10]]
+    stds = [line.split(' | ')[5] for line in report[report.index('## Table 3: networks'):].splitlines()[4:10]]
+    assert f'start at a std of {min(stds)} to {max(stds)}' in text
     assert [row[6] for row in rows].count('0.01') == 5
     assert [row[13] for row in rows].count('0.075') == 4
     ours = ' '.join(README.split())

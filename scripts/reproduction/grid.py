@@ -56,12 +56,14 @@ class Preset:
 
 _ALL_BACKBONES = tuple(name for name in NETWORKS if name != 'resnet10')
 PRESETS = {
-    'smoke': Preset(16, 0, epochs=2, batch_size=128, thin=6, backbones=('resnet50',), seeds=1, scale_seeds=1,
-                    fresh_seeds=1),
-    'cpu': Preset(32, 10, epochs=10, batch_size=128, thin=1, backbones=_ALL_BACKBONES, seeds=1, scale_seeds=3,
-                  fresh_seeds=2),
-    'gpu': Preset(32, 5, epochs=10, batch_size=128, thin=1, backbones=_ALL_BACKBONES, seeds=3, scale_seeds=3,
-                  fresh_seeds=3),
+    'smoke': Preset(
+        16, every=0, epochs=2, batch_size=128, thin=6, backbones=('resnet50',), seeds=1, scale_seeds=1, fresh_seeds=1),
+    'cpu': Preset(
+        32, every=10, epochs=10, batch_size=128, thin=1, backbones=_ALL_BACKBONES, seeds=1, scale_seeds=3,
+        fresh_seeds=2),
+    'gpu': Preset(
+        32, every=5, epochs=10, batch_size=128, thin=1, backbones=_ALL_BACKBONES, seeds=3, scale_seeds=3,
+        fresh_seeds=3),
 }
 
 
