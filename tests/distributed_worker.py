@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import timm_aws
 from timm_aws import AwsAdam, AwsSGD, WSConv2d
-from timm_aws.shrink import NORMALIZATIONS, filter_length
+from timm_aws.rule import NORMALIZATIONS, filter_length
 
 X = torch.randn(8, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(8) % 4

@@ -14,8 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from timm_aws import AwsAdam, AwsSGD, CWNConv2d, WNConv2d, WSConv2d, param_groups_aws
-from timm_aws.any_optimizer import aws_optimizer
-from timm_aws.shrink import NORMALIZATIONS, filter_length
+from timm_aws.rule import NORMALIZATIONS, filter_length
+from timm_aws.wrap_optimizer import aws_optimizer
 
 AwsLion = aws_optimizer(timm.optim.Lion)
 LAYERS = [WSConv2d, WNConv2d, CWNConv2d]
@@ -318,7 +318,7 @@ SETTINGS = {'deadline': None, 'derandomize': True, 'database': None}
     rows=st.lists(st.lists(FINITE, min_size=3, max_size=3), min_size=1, max_size=3),
     lr=LARGE,
     alpha=LARGE,
-    normalization=st.sampled_from(NORMALIZATIONS),
+    normalization=st.sampled_from(list(NORMALIZATIONS)),
 )
 def test_decoupled_shrink_alone_never_flips_or_lengthens_a_filter(rows, lr, alpha, normalization):
     weight = torch.tensor(rows)
@@ -356,7 +356,7 @@ def test_any_shape_strides_and_dtype_equal_reference(data):
     shape = draw(st.lists(st.integers(1, 4), min_size=2, max_size=5))
     options = {
         'alpha': draw(st.sampled_from([1e-3, 0.1, 1.])),
-        'normalization': draw(st.sampled_from(NORMALIZATIONS)),
+        'normalization': draw(st.sampled_from(list(NORMALIZATIONS))),
         'maximize': draw(st.booleans()),
     }
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2 ** 32)))
@@ -396,7 +396,7 @@ VALID = {
     'lr': LARGE,
     'alpha': LARGE,
     'weight_decay': LARGE,
-    'normalization': st.sampled_from(NORMALIZATIONS),
+    'normalization': st.sampled_from(list(NORMALIZATIONS)),
     'maximize': st.booleans(),
 }
 VALID_OF = {

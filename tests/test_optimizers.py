@@ -5,6 +5,9 @@ import io
 import itertools
 import math
 import pickle
+import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import reference
@@ -12,8 +15,8 @@ import timm.optim
 import torch
 from torch._dynamo.utils import counters
 
-from timm_aws import AwsAdam, AwsSGD, updates
-from timm_aws.any_optimizer import aws_optimizer
+from timm_aws import AwsAdam, AwsSGD, WSConv2d, optimizers, rule
+from timm_aws.wrap_optimizer import aws_optimizer
 
 STEPS = 20
 SHAPE = (3, 2, 3, 2)
@@ -96,21 +99,6 @@ def test_adam_equals_reference(setting, normalization, decoupled, maximize, memo
         AwsAdam, 'adam', setting, normalization, decoupled, maximize, PATHS[path], FORMATS[memory_format])
 
 
-@pytest.mark.parametrize('path', ['loop', 'fused'])
-@pytest.mark.parametrize('memory_format', FORMATS)
-@pytest.mark.parametrize('decoupled', [False, True])
-@pytest.mark.parametrize(('cls', 'rule', 'setting'), [
-    *((AwsSGD, 'sgd', setting) for setting in SGD_SETTINGS),
-    *((AwsAdam, 'adam', setting) for setting in ADAM_SETTINGS),
-])
-@pytest.mark.parametrize('elements', [1, 24])
-def test_cut_between_filters_equals_reference(
-        elements, cls, rule, setting, decoupled, memory_format, path, monkeypatch):
-    """Three filters of twelve elements, one or two at a time."""
-    monkeypatch.setattr(updates, '_ELEMENTS', elements)
-    _assert_equals_reference(cls, rule, setting, 'ws', decoupled, False, PATHS[path], FORMATS[memory_format])
-
-
 @pytest.mark.parametrize('cls', [AwsSGD, AwsAdam])
 def test_a_gradient_that_differs_in_the_stride_of_one_element_is_taken_as_it_is(cls):
     """As those of 1 x 1 convolutions do under channels_last."""
@@ -120,7 +108,9 @@ def test_a_gradient_that_differs_in_the_stride_of_one_element_is_taken_as_it_is(
     fused, loop = (torch.nn.Parameter(weight.clone()) for _ in range(2))
     fused.grad, loop.grad = grad, grad
     optimizer = cls([fused], lr=0.1, alpha=0.5, fused=True)
-    assert optimizer._gather(optimizer.param_groups[0])[0].grad is grad
+    (state,), shrinks = next(iter(optimizer._parts(optimizer.param_groups[0])))
+    assert state.grad is grad
+    assert shrinks
     optimizer.step()
     cls([loop], lr=0.1, alpha=0.5, foreach=False).step()
     torch.testing.assert_close(fused, loop)
@@ -128,11 +118,14 @@ def test_a_gradient_that_differs_in_the_stride_of_one_element_is_taken_as_it_is(
 
 @pytest.mark.parametrize('normalization', ['ws', 'wn', 'cwn'])
 @pytest.mark.parametrize('shape', [(0, 3), (4, 0), (0, 0)])
-def test_weights_without_elements(shape, normalization):
-    for cls, path in itertools.product((AwsSGD, AwsAdam), PATHS.values()):
-        param = torch.nn.Parameter(torch.empty(shape))
-        param.grad = torch.empty(shape)
-        cls([param], lr=0.1, alpha=0.5, normalization=normalization, **path).step()
+def test_weights_without_elements_do_not_keep_others_from_their_step(shape, normalization):
+    """Of one element each, without a gradient: 'wn' shrinks by 1 - 0.1 * 0.5 * 2, the others have length 0."""
+    for path in PATHS.values():
+        empty, full = torch.nn.Parameter(torch.empty(shape)), torch.nn.Parameter(torch.tensor([[2.]]))
+        empty.grad, full.grad = torch.empty(shape), torch.zeros(1, 1)
+        AwsSGD([empty, full], lr=0.1, alpha=0.5, normalization=normalization, **path).step()
+        assert empty.shape == shape
+        assert full.item() == pytest.approx(2 * 0.9 if normalization == 'wn' else 2)
 
 
 @pytest.mark.parametrize('path', ['loop', 'fused'])
@@ -522,3 +515,73 @@ def test_step_compiled_for_the_cpu_equals_eager_as_one_graph_for_every_lr(cls, d
         torch.testing.assert_close(other, one, rtol=1e-5, atol=5e-6 if decoupled or cls is AwsSGD else 2e-4)
     assert not counters['graph_break']
     assert counters['stats']['unique_graphs'] <= 2  # the first step, which makes the state, and the others
+
+
+@pytest.mark.parametrize('nesterov', [False, True])
+@pytest.mark.parametrize('cls', [AwsSGD, AwsAdam])
+def test_a_step_keeps_one_gradient_of_its_own_at_a_time(cls, nesterov, monkeypatch):
+    params = [torch.nn.Parameter(torch.randn(1, 12)) for _ in range(5)]
+    for param in params:
+        param.grad = torch.randn(1, 12)
+    made, alive = [], []
+
+    def add_and_count(*args):
+        alive.append(sum(grad() is not None for grad in made))
+        grad = rule.add_shrink(*args)
+        made.append(weakref.ref(grad))
+        return grad
+
+    monkeypatch.setattr(optimizers, 'add_shrink', add_and_count)
+    options = {'momentum': 0.9, 'nesterov': nesterov} if cls is AwsSGD else {'decoupled': False}
+    cls(params, lr=0.1, alpha=0.5, foreach=False, **options).step()
+    assert len(alive) == 5
+    assert max(alive) <= 1
+
+
+@pytest.mark.parametrize('cls', [AwsSGD, AwsAdam])
+def test_filters_that_lie_between_each_other_in_memory(cls):
+    weight, grad = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    transposed, plain = torch.nn.Parameter(weight.clone().t()), torch.nn.Parameter(weight.t().contiguous())
+    for param in (transposed, plain):
+        optimizer = cls([param], lr=0.1, alpha=0.5, fused=True)
+        for _ in range(3):
+            param.grad = grad.t()
+            optimizer.step()
+    torch.testing.assert_close(transposed, plain)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('cls', [AwsSGD, AwsAdam])
+def test_the_length_is_that_of_the_weight_that_the_step_changes(cls, compiled):
+    """A weight that was made ten times longer between backward and step is shrunk by ten times as much."""
+    conv = WSConv2d(3, 4, 3, bias=False)
+    start = conv.weight.detach().clone()
+    conv(torch.randn(2, 3, 8, 8)).sum().backward()
+    conv.weight.grad.zero_()
+    conv.weight.data.mul_(10)
+    optimizer = cls([conv.weight], lr=torch.tensor(0.1), alpha=0.5, decoupled=True)
+    torch._dynamo.reset()
+    (torch.compile(optimizer.step) if compiled else optimizer.step)()
+    length = 10 * start.std(dim=(1, 2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(conv.weight.detach(), 10 * start * (1 - 0.1 * 0.5 * length), rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_stays_in_three_files_and_eleven_functions():
+    """As many as fit on a screen, and in a reader's head."""
+    folder = Path(optimizers.__file__).parent
+
+    def count(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == 'call' and path.parent == folder and not frame.f_code.co_name.startswith('<'):
+            called.add((path.name, frame.f_code.co_name))
+
+    param = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
+    param.grad = torch.randn_like(param)
+    optimizer = AwsSGD([param], lr=0.1, momentum=0.9)
+    for _ in range(2):  # the first makes the momentum buffer
+        called = set()
+        sys.setprofile(count)
+        optimizer.step()
+        sys.setprofile(None)
+        assert {name for name, _ in called} == {'group_options.py', 'optimizers.py', 'rule.py'}
+        assert len(called) <= 11

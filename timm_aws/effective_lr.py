@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .shrink import filter_length
+from .rule import filter_length, shrink_factor
 
 __all__ = ['decay_as_lr', 'effective_lr', 'equilibrium_angle']
 
@@ -94,7 +94,7 @@ def equilibrium_angle(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     for name, param, group in _normalized(optimizer):
         length = filter_length(param, group['normalization']).flatten()
         alpha = group.get(getattr(optimizer, 'alpha_key', 'alpha'), 0)
-        gamma = alpha * length if alpha else torch.full_like(length, group.get('weight_decay', 0))
+        gamma = shrink_factor(alpha, length) if alpha else torch.full_like(length, group.get('weight_decay', 0))
         momentum = group['betas'][0] if 'betas' in group else group.get('momentum', 0)
         coupled = not group.get('decoupled', not isinstance(optimizer, torch.optim.SGD))
         share = math.nan if coupled and 'betas' in group else 1 if coupled else 1 - momentum

@@ -3,28 +3,36 @@
 Parameter groups carry the choice, in two keys: `alpha` (0 turns the shrink off) and `normalization` ('ws', 'wn' or
 'cwn'; None for a group whose weights are not normalized). In a group with alpha > 0 each tensor of two or more
 dimensions is shrunk, filter by filter, and takes no weight decay: the shrink replaces it. Tensors of fewer dimensions
-have no filters and take the group's weight decay.
-
-With momentum, Eq. 21 leaves open where the shrink enters (see shrink.py for the equations):
-
-    coupled      gamma * W joins the gradient before momentum, as weight decay does in torch.optim.SGD
-    decoupled    W is multiplied by 1 - lr * gamma, as in torch.optim.AdamW
+have no filters and take the group's weight decay. rule.py has the equations, and the two readings of them.
 
 What is not the shrink is torch's own code: alpha = 0 gives torch.optim.SGD, Adam and AdamW bit for bit.
 """
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from .handed_over import lengths_for_step, take_over
-from .shrink import DEFAULT_ALPHA, add_shrink, filter_length
-from .shrink_groups import ShrinkGroups, evaluate
-from .updates import Update, in_cache
+from .group_options import ShrinkGroups
+from .rule import DEFAULT_ALPHA, add_shrink, filter_length, shrink_factor
 
 __all__ = ['AwsAdam', 'AwsSGD']
+
+
+@dataclass
+class _ParamState:
+    """What a step reads and changes of one parameter.
+
+    Attributes:
+        param: Changed in place.
+        grad: What torch's update takes for the gradient; read.
+        buffers: The optimizer's state for this parameter, changed in place; None for what the step is still to make.
+    """
+    param: torch.Tensor
+    grad: torch.Tensor
+    buffers: dict[str, Any]
 
 
 class _CoupledOrDecoupled(ShrinkGroups):
@@ -35,7 +43,7 @@ class _CoupledOrDecoupled(ShrinkGroups):
         """Takes one step, Eq. 21.
 
         Args:
-            closure: Evaluates the model anew and returns the loss, called with gradients enabled.
+            closure: Evaluates the model and returns the loss, called with gradients enabled.
 
         Returns:
             What the closure returns, None without one.
@@ -44,75 +52,87 @@ class _CoupledOrDecoupled(ShrinkGroups):
             TypeError: If a gradient is sparse.
             RuntimeError: If a gradient is not finite, looked for in torch's anomaly mode only.
         """
-        loss = evaluate(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self._check_gradients()
         for group in self.param_groups:
-            updates = self._gather(group)
-            plain = [update for update in updates if not self._shrinks(group, update.param)]
-            for update in plain:
-                take_over(update.param, group['normalization'])  # must not outlast this step, see handed_over.py
-            self._torch_step(group, plain)
-            shrunk = [update for update in updates if self._shrinks(group, update.param)]
-            for part in self._in_parts(group, shrunk):
-                for update in part:
-                    self._shrink(group, update, _length(group, update))
-                self._torch_step({**group, 'weight_decay': 0}, part)
+            for part, shrinks in self._parts(group):
+                if shrinks:
+                    for state in part:
+                        self._shrink(group, state, filter_length(state.param, group['normalization']))
+                self._update(group, part, 0. if shrinks else group['weight_decay'])
         return loss
 
-    def _in_parts(self, group: dict[str, Any], updates: list[Update]) -> Iterable[list[Update]]:
-        """Returns the updates, with the lengths that are known, in the parts in which they are to be taken."""
-        params = [update.param for update in updates]
-        at_once = _uses_foreach(group, params) or (group['fused'] and params and params[0].is_cuda)
-        if at_once or torch.compiler.is_compiling():
-            for update, length in zip(updates, lengths_for_step(params, group['normalization'])):
-                update.length = length
-            return [updates]
-        for update in updates:
-            update.length = take_over(update.param, group['normalization'])
-        return in_cache(updates)
+    def _parts(self, group: dict[str, Any]) -> Iterator[tuple[list[_ParamState], bool]]:
+        """Yields the parameters that have a gradient, in the parts in which they are updated, and if they are shrunk.
 
-    def _shrink(self, group: dict[str, Any], update: Update, length: torch.Tensor) -> None:
-        """Shrinks a weight, or replaces the gradient of its update by one that will."""
+        Where torch's update is one launch for all, they come together. Else a shrunk one comes alone: its weight is in
+        the cache from the shrink to the update, and what the step allocates is of the size of one weight.
+        """
+        plain: list[_ParamState] = []
+        shrunk: list[_ParamState] = []
+        for state in self._states(group):
+            if group['fused']:
+                self._match_formats(state)
+            (shrunk if group['alpha'] != 0 and state.param.ndim >= 2 else plain).append(state)
+        if plain:
+            yield plain, False
+        at_once = shrunk and (torch.compiler.is_compiling() or _is_one_launch(group, shrunk[0].param))
+        size = len(shrunk) if at_once else 1
+        while shrunk:
+            part, shrunk = shrunk[:size], shrunk[size:]  # lets go of what the step made for the part before
+            yield part, True
+
+    def _shrink(self, group: dict[str, Any], state: _ParamState, length: torch.Tensor) -> None:
+        """Shrinks a weight, or lets its update do so: through the momentum buffer or through the gradient."""
+        buffer, alpha = state.buffers.get('momentum_buffer'), -group['alpha'] if group['maximize'] else group['alpha']
         if group['decoupled']:
-            update.param.mul_(self._multiplier(group, update.param, length))
+            state.param.mul_(self._multiplier(group, state.param, length))
+        # A momentum near 0, by which the shrink is divided below, would make it overflow.
+        elif buffer is None or group['nesterov'] or group['momentum'] < 1e-3:
+            state.grad = add_shrink(state.grad, state.param, length, alpha)
         else:
-            update.grad = add_shrink(update.grad, update.param, length, group['alpha'], group['maximize'])
+            # What joins the gradient ends up in the buffer, times 1 - dampening, after the buffer's own decay. So it
+            # can be put there beforehand, in place, where a gradient to add it to would have to be a new tensor.
+            share = group['alpha'] * ((1 - group['dampening']) / group['momentum'])
+            buffer.addcmul_(state.param, shrink_factor(1., length), value=share)
 
-    def _gather(self, group: dict[str, Any]) -> list[Update]:
-        """Gathers what a step of the group's parameters reads and changes, of those that have a gradient."""
+    def _match_formats(self, state: _ParamState) -> None:
+        """Brings gradient and buffers into the memory format of their parameter.
+
+        torch's fused CPU kernels walk all of them in storage order and are silently wrong where the strides differ.
+        """
+        state.grad = _matched(state.param, state.grad)
+        for key, buffer in state.buffers.items():
+            if buffer is not None:
+                matched = state.buffers[key] = _matched(state.param, buffer)
+                if matched is not buffer:
+                    self.state[state.param][key] = matched
+
+    def _states(self, group: dict[str, Any]) -> list[_ParamState]:
+        """Returns the states of the group's parameters that have a gradient."""
         raise NotImplementedError('This is what AwsSGD and AwsAdam have in common: use one of them.')
 
-    def _torch_step(self, group: dict[str, Any], updates: list[Update]) -> None:
+    def _update(self, group: dict[str, Any], part: list[_ParamState], weight_decay: float) -> None:
         """Takes torch's own step, that of SGD or Adam."""
         raise NotImplementedError('This is what AwsSGD and AwsAdam have in common: use one of them.')
 
 
-def _uses_foreach(group: dict[str, Any], params: list[torch.Tensor]) -> bool:
-    """Whether torch takes its multi-tensor update for these parameters."""
-    if group['foreach'] is None and not group['fused']:
-        return len(params) > 0 and params[0].is_cuda
-    return bool(group['foreach'])
+def _is_one_launch(group: dict[str, Any], param: torch.Tensor) -> bool:
+    """Whether torch updates all parameters of a group with one launch, or a few."""
+    if group['fused'] or group['foreach'] is None:
+        return param.is_cuda
+    return group['foreach']
 
 
-def _length(group: dict[str, Any], update: Update) -> torch.Tensor:
-    return filter_length(update.param, group['normalization']) if update.length is None else update.length
-
-
-def _matched(group: dict[str, Any], param: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a gradient or a state in the memory format of its parameter, where torch's update needs it.
-
-    torch's fused CPU kernels walk all of them in storage order and are silently wrong where the strides differ.
-    """
-    if not group['fused'] or tensor.shape != param.shape or _same_order(tensor, param):
+def _matched(param: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor in the memory format of a parameter of its shape; the stride of a dimension of 1 is free."""
+    if tensor.shape != param.shape or all(
+            size == 1 or one == other for size, one, other in zip(param.shape, param.stride(), tensor.stride())):
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
-
-
-def _same_order(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether elements lie in the same order in both; the stride of a dimension of size 1 does not matter."""
-    strides = first.stride(), second.stride()
-    return strides[0] == strides[1] or all(
-        size == 1 or one == other for size, one, other in zip(first.shape, *strides))
 
 
 class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
@@ -169,45 +189,28 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
         self._set_shrink(alpha=alpha, normalization=normalization, decoupled=decoupled)
         self._step_supports_amp_scaling = False  # the shrink joins gradients that are unscaled
 
-    def _gather(self, group):
-        updates = []
-        for param in group['params']:
-            if param.grad is not None:
-                state = {}
-                if group['momentum'] != 0:
-                    buffer = self.state[param].get('momentum_buffer')
-                    if buffer is not None:
-                        buffer = self.state[param]['momentum_buffer'] = _matched(group, param, buffer)
-                    state['momentum_buffer'] = buffer
-                updates.append(Update(param, _matched(group, param, param.grad), state))
-        return updates
+    def _states(self, group):
+        return [
+            _ParamState(param, param.grad, {'momentum_buffer': self.state.get(param, {}).get('momentum_buffer')})
+            for param in group['params'] if param.grad is not None
+        ]
 
-    def _shrink(self, group, update, length):
-        buffer = update.state.get('momentum_buffer')
-        # A momentum near 0, by which the shrink is divided below, would make it overflow.
-        if group['decoupled'] or group['nesterov'] or group['momentum'] < 1e-3 or buffer is None:
-            super()._shrink(group, update, length)
-            return
-        # What joins the gradient ends up in the buffer, times 1 - dampening, after the buffer's own decay. So it can be
-        # put there beforehand, in place, where a gradient to add it to would have to be a new tensor.
-        share = (1 - group['dampening']) / group['momentum']
-        buffer.addcmul_(update.param, length, value=group['alpha'] * share)
-
-    def _torch_step(self, group, updates):
-        buffers = [update.state.get('momentum_buffer') for update in updates]
+    def _update(self, group, part, weight_decay):
+        buffers = [state.buffers['momentum_buffer'] for state in part]
         fresh = [buffer is None for buffer in buffers]
         if group['fused'] and any(fresh) and not all(fresh):  # torch's fused update starts all buffers or none
             for kind in (True, False):
-                self._torch_step(group, [update for update, is_fresh in zip(updates, fresh) if is_fresh is kind])
+                self._update(group, [state for state, new in zip(part, fresh) if new is kind], weight_decay)
             return
-        grads = [update.grad for update in updates]
-        if group['nesterov'] and _uses_foreach(group, grads):  # torch adds the momentum to the gradients in place
-            grads = [grad.clone() if grad is update.param.grad else grad for grad, update in zip(grads, updates)]
+        grads = [state.grad for state in part]
+        # torch's multi-tensor Nesterov update adds the momentum to the gradients in place.
+        if group['nesterov'] and not group['fused'] and _is_one_launch(group, grads[0]):
+            grads = [grad.clone() if grad is state.param.grad else grad for grad, state in zip(grads, part)]
         sgd(
-            [update.param for update in updates],
+            [state.param for state in part],
             grads,
             buffers,
-            weight_decay=group['weight_decay'],
+            weight_decay=weight_decay,
             momentum=group['momentum'],
             lr=group['lr'],
             dampening=group['dampening'],
@@ -217,9 +220,9 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
             fused=group['fused'],
         )
         if group['momentum'] != 0:
-            for update, buffer, is_fresh in zip(updates, buffers, fresh):
-                if is_fresh:
-                    self.state[update.param]['momentum_buffer'] = buffer
+            for state, buffer in zip(part, buffers):
+                if state.buffers['momentum_buffer'] is None:
+                    self.state[state.param]['momentum_buffer'] = buffer
 
 
 class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
@@ -290,39 +293,35 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
         super()._complete_group(group)
         group['decoupled_weight_decay'] = group['decoupled']
 
-    def _gather(self, group):
-        # Handed the group itself and empty lists, as torch.compile takes this call for torch's own.
+    def _states(self, group):
+        # With the group itself and empty lists, as torch.compile takes this call for torch's own.
         lists: list[list[torch.Tensor]] = [[] for _ in range(6)]
         self._init_group(group, *lists)
         params, grads, averages, squares, maxima, steps = lists
-        updates = []
+        states = []
         for index, (param, grad) in enumerate(zip(params, grads)):
-            state = {'exp_avg': averages[index], 'exp_avg_sq': squares[index], 'step': steps[index]}
+            buffers = {'exp_avg': averages[index], 'exp_avg_sq': squares[index], 'step': steps[index]}
             if group['amsgrad']:
-                state['max_exp_avg_sq'] = maxima[index]
-            for key, value in state.items():
-                state[key] = _matched(group, param, value)
-                if state[key] is not value:
-                    self.state[param][key] = state[key]
-            updates.append(Update(param, _matched(group, param, grad), state))
-        return updates
+                buffers['max_exp_avg_sq'] = maxima[index]
+            states.append(_ParamState(param, grad, buffers))
+        return states
 
-    def _torch_step(self, group, updates):
-        def of_all(key: str) -> list[torch.Tensor]:
-            return [update.state[key] for update in updates if key in update.state]
+    def _update(self, group, part, weight_decay):
+        def buffers(key: str) -> list[torch.Tensor]:
+            return [state.buffers[key] for state in part if key in state.buffers]
 
         adam(
-            [update.param for update in updates],
-            [update.grad for update in updates],
-            of_all('exp_avg'),
-            of_all('exp_avg_sq'),
-            of_all('max_exp_avg_sq'),
-            of_all('step'),
+            [state.param for state in part],
+            [state.grad for state in part],
+            buffers('exp_avg'),
+            buffers('exp_avg_sq'),
+            buffers('max_exp_avg_sq'),
+            buffers('step'),
             amsgrad=group['amsgrad'],
             beta1=group['betas'][0],
             beta2=group['betas'][1],
             lr=group['lr'],
-            weight_decay=group['weight_decay'],
+            weight_decay=weight_decay,
             eps=group['eps'],
             maximize=group['maximize'],
             foreach=group['foreach'],

@@ -10,8 +10,8 @@ from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv
 from timm.optim import param_groups_weight_decay
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .normalized_conv import NormalizedConv2d
-from .shrink import DEFAULT_ALPHA, filter_length
+from .layers import NormalizedConv2d
+from .rule import DEFAULT_ALPHA, filter_length, shrink_factor
 
 __all__ = ['alpha_like_decay', 'normalized_weights', 'param_groups_aws', 'split_normalized']
 
@@ -81,7 +81,7 @@ def alpha_like_decay(model: nn.Module, weight_decay: float) -> float:
             f'{type(model).__name__} has {len(lengths)} normalized weights, of median length {length!r}: give a model '
             f'whose normalized weights are initialized.'
         )
-    return weight_decay / length
+    return weight_decay / shrink_factor(1., length)
 
 
 def param_groups_aws(

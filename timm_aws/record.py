@@ -14,7 +14,7 @@ import torch.distributed
 from torch.distributed.tensor import DTensor
 
 from .effective_lr import equilibrium_angle
-from .shrink import filter_length
+from .rule import filter_length
 
 __all__ = ['COLUMNS', 'Recorder']
 

@@ -18,12 +18,13 @@ import torch
 import torch.nn as nn
 from timm.optim._optim_factory import OptimInfo, OptimizerRegistry, default_registry
 
-from .any_optimizer import aws_optimizer
-from .normalized_conv import NormalizedConv2d, fold_normalization
+from .convert import fold_normalization
+from .layers import NormalizedConv2d
 from .optimizers import AwsAdam, AwsSGD
 from .param_groups import split_normalized
 from .record import Recorder
-from .shrink import DEFAULT_ALPHA
+from .rule import DEFAULT_ALPHA
+from .wrap_optimizer import aws_optimizer
 
 __all__ = ['register']
 

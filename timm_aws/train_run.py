@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .shrink import filter_length
+from .rule import filter_length
 
 __all__ = ['Checkpoint', 'find_checkpoint', 'layers_of', 'load_checkpoint', 'stages_of']
 

@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .checkpoints import check_source, pretrained_cfg
-from .normalized_conv import normalize_convs
+from .convert import normalize_convs
 
 __all__ = ['NormalizedResNet']  # register_model adds each entry point to this
 

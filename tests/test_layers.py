@@ -12,7 +12,7 @@ from timm.layers import BatchNormAct2d
 
 import timm_aws
 from timm_aws import CWNConv2d, WNConv2d, WSConv2d
-from timm_aws.normalized_conv import fold_normalization, reasons_to_leave
+from timm_aws.convert import fold_normalization, reasons_to_leave
 
 LAYERS = [WSConv2d, WNConv2d, CWNConv2d]
 ARGS = {

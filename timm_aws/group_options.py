@@ -1,15 +1,17 @@
-"""Parameter groups that carry the shrink: what every optimizer of this package has in common."""
+"""Options of parameter groups that carry the shrink: defaults, checks, loading of states; and what a step checks first.
+
+Every optimizer of this package has this in common.
+"""
 import math
 import warnings
-from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
 import torch
 
-from .shrink import NORMALIZATIONS, is_free_to_look_at, shrink_multiplier
+from .rule import get_normalization, is_on_cpu, shrink_multiplier
 
-__all__ = ['ShrinkGroups', 'evaluate']
+__all__ = ['ShrinkGroups']
 
 
 class ShrinkGroups(torch.optim.Optimizer):
@@ -18,7 +20,7 @@ class ShrinkGroups(torch.optim.Optimizer):
     Mixed in before an optimizer of torch or timm, whose constructor calls `_set_shrink` once it has its groups.
     """
     alpha_key = 'alpha'
-    _stop_was_said = False
+    _has_warned = False
 
     def _set_shrink(self, **options: Any) -> None:
         self.defaults.update(options)
@@ -73,18 +75,17 @@ class ShrinkGroups(torch.optim.Optimizer):
         for group in self.param_groups:
             self._complete_group(group)
 
-    def _shrinks(self, group: dict[str, Any], param: torch.Tensor) -> bool:
-        return group[self.alpha_key] != 0 and param.ndim >= 2
-
     def _multiplier(self, group: dict[str, Any], param: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-        """Computes the decoupled shrink of a parameter; the first that takes a whole filter away is warned of."""
+        """Computes the decoupled shrink of a parameter, and warns once if it takes a whole filter away."""
         multiplier = shrink_multiplier(length, group['lr'], group[self.alpha_key])
-        if not self._stop_was_said and is_free_to_look_at(param) and not multiplier.all():
-            self._stop_was_said = True
+        if torch.compiler.is_compiling() or not is_on_cpu(param):  # to look would be to wait for the device
+            return multiplier
+        if not self._has_warned and not multiplier.all():
+            self._has_warned = True
             warnings.warn(
                 f'{type(self).__name__} shrinks filters of shape {tuple(param.shape[1:])} to 0, as '
                 f'1 - lr * {self.alpha_key} * length stops there: lower {self.alpha_key}={group[self.alpha_key]!r} or '
-                f'lr={group["lr"]!r}. This is said once.',
+                f'lr={group["lr"]!r}. This warning comes once.',
                 stacklevel=2,
             )
         return multiplier
@@ -136,21 +137,14 @@ def _check_group(group: dict[str, Any], defaults: dict[str, Any], alpha_key: str
     for beta in group.get('betas') or ():
         if isinstance(beta, Real) and not 0 <= float(beta) < 1:
             raise ValueError(f'Invalid betas: {group["betas"]!r}, give numbers of at least 0 and below 1.')
-    _check_normalization(group, alpha_key)
-    _check_params(group)
-
-
-def _check_normalization(group: dict[str, Any], alpha_key: str) -> None:
-    """Checks that what is shrunk has filters whose length does not matter otherwise."""
-    normalization = group['normalization']
-    if normalization not in (*NORMALIZATIONS, None):
-        raise ValueError(
-            f'Unknown normalization: {normalization!r}, choose one of {", ".join(map(repr, NORMALIZATIONS))}.')
-    if normalization is None and group[alpha_key] != 0:
+    if group['normalization'] is not None:
+        get_normalization(group['normalization'])
+    elif group[alpha_key] != 0:
         raise ValueError(
             f'{alpha_key}={group[alpha_key]!r} in a group with normalization=None: weights that are not normalized '
             f'must not be shrunk, set {alpha_key} to 0 or name their normalization.'
         )
+    _check_params(group)
 
 
 def _check_params(group: dict[str, Any]) -> None:
@@ -161,17 +155,9 @@ def _check_params(group: dict[str, Any]) -> None:
                 f'{param.dtype}: hand it to torch.optim.'
             )
         # torch's fused CPU kernels walk the storage in order, gaps and all; empty_like leaves none.
-        gaps = is_free_to_look_at(param) and torch.empty_like(param, device='meta').stride() != param.stride()
+        gaps = is_on_cpu(param) and torch.empty_like(param, device='meta').stride() != param.stride()
         if group.get('fused') and gaps:
             raise ValueError(
                 f'fused=True with a parameter whose storage has gaps, shape {tuple(param.shape)}, strides '
                 f'{param.stride()}: make it contiguous, or leave fused out.'
             )
-
-
-def evaluate(closure: Callable[[], Any] | None) -> Any:
-    """Calls the closure of an optimizer step, with gradients enabled; None without one."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()

@@ -3,7 +3,7 @@ import pytest
 import timm.optim
 import torch
 
-from timm_aws.any_optimizer import aws_optimizer
+from timm_aws.wrap_optimizer import aws_optimizer
 
 
 @pytest.mark.parametrize('base', [timm.optim.Lion, torch.optim.AdamW, timm.optim.Lamb, torch.optim.RMSprop])

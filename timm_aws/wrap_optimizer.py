@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from .handed_over import lengths_for_step
-from .shrink import DEFAULT_ALPHA
-from .shrink_groups import ShrinkGroups, evaluate
+from .group_options import ShrinkGroups
+from .rule import DEFAULT_ALPHA, filter_length
 
 __all__ = ['aws_optimizer']
 
@@ -41,7 +40,7 @@ class _DecoupledShrink(ShrinkGroups):
         """Shrinks each filter by 1 - lr * gamma, then takes the base optimizer's step.
 
         Args:
-            closure: Evaluates the model anew and returns the loss, called with gradients enabled.
+            closure: Evaluates the model and returns the loss, called with gradients enabled.
 
         Returns:
             What the closure returns, None without one.
@@ -51,7 +50,10 @@ class _DecoupledShrink(ShrinkGroups):
             RuntimeError: If a gradient is not finite, looked for in torch's anomaly mode only.
             ValueError: If the base optimizer sets its learning rate itself (lr=None).
         """
-        loss = evaluate(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self._check_gradients()
         # A second-order optimizer differentiates through the weights in its step: they must not change before it.
         afterwards = []
@@ -68,11 +70,10 @@ class _DecoupledShrink(ShrinkGroups):
     def _multipliers(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         for group in self.param_groups:
             for param in group['params']:
-                if param.grad is not None and self._shrinks(group, param):
+                if param.grad is not None and group[self.alpha_key] != 0 and param.ndim >= 2:
                     if group['lr'] is None:
                         raise ValueError(f'{type(self).__name__} needs a learning rate for the shrink: give lr.')
-                    length, = lengths_for_step([param], group['normalization'])
-                    yield param, self._multiplier(group, param, length)
+                    yield param, self._multiplier(group, param, filter_length(param, group['normalization']))
 
     def _base_step(self) -> None:
         step: Any = self.base.step

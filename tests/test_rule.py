@@ -3,7 +3,7 @@ import pytest
 import reference
 import torch
 
-from timm_aws.shrink import NORMALIZATIONS, add_shrink, filter_length, shrink_multiplier
+from timm_aws.rule import NORMALIZATIONS, add_shrink, filter_length, shrink_multiplier
 
 
 def _weight(dtype=torch.float32, offset=0.):
