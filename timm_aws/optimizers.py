@@ -79,7 +79,9 @@ class _CoupledOrDecoupled(ShrinkGroups):
             (shrunk if group['alpha'] != 0 and state.param.ndim >= 2 else plain).append(state)
         if plain:
             yield plain, False
-        at_once = shrunk and (torch.compiler.is_compiling() or _is_one_launch(group, shrunk[0].param))
+        at_once = group['foreach']
+        if at_once is None and shrunk:  # torch's choice
+            at_once = torch.compiler.is_compiling() or shrunk[0].param.is_cuda
         size = len(shrunk) if at_once else 1
         while shrunk:
             part, shrunk = shrunk[:size], shrunk[size:]  # lets go of what the step made for the part before
@@ -87,11 +89,12 @@ class _CoupledOrDecoupled(ShrinkGroups):
 
     def _shrink(self, group: dict[str, Any], state: _ParamState, length: torch.Tensor) -> None:
         """Shrinks a weight, or lets its update do so: through the momentum buffer or through the gradient."""
-        buffer, alpha = state.buffers.get('momentum_buffer'), -group['alpha'] if group['maximize'] else group['alpha']
+        buffer = state.buffers.get('momentum_buffer')
         if group['decoupled']:
             state.param.mul_(self._multiplier(group, state.param, length))
         # A momentum near 0, by which the shrink is divided below, would make it overflow.
         elif buffer is None or group['nesterov'] or group['momentum'] < 1e-3:
+            alpha = -group['alpha'] if group['maximize'] else group['alpha']
             state.grad = add_shrink(state.grad, state.param, length, alpha)
         else:
             # What joins the gradient ends up in the buffer, times 1 - dampening, after the buffer's own decay. So it
@@ -118,13 +121,6 @@ class _CoupledOrDecoupled(ShrinkGroups):
     def _update(self, group: dict[str, Any], part: list[_ParamState], weight_decay: float) -> None:
         """Takes torch's own step, that of SGD or Adam."""
         raise NotImplementedError('This is what AwsSGD and AwsAdam have in common: use one of them.')
-
-
-def _is_one_launch(group: dict[str, Any], param: torch.Tensor) -> bool:
-    """Whether torch updates all parameters of a group with one launch, or a few."""
-    if group['fused'] or group['foreach'] is None:
-        return param.is_cuda
-    return group['foreach']
 
 
 def _matched(param: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -203,8 +199,7 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
                 self._update(group, [state for state, new in zip(part, fresh) if new is kind], weight_decay)
             return
         grads = [state.grad for state in part]
-        # torch's multi-tensor Nesterov update adds the momentum to the gradients in place.
-        if group['nesterov'] and not group['fused'] and _is_one_launch(group, grads[0]):
+        if group['nesterov'] and group['foreach'] is not False:  # else torch adds the momentum to them in place
             grads = [grad.clone() if grad is state.param.grad else grad for grad, state in zip(grads, part)]
         sgd(
             [state.param for state in part],
