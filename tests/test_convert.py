@@ -3,6 +3,7 @@ import copy
 import logging
 
 import pytest
+import reference
 import timm
 import torch
 import torch.nn as nn
@@ -11,6 +12,10 @@ from timm.layers import BatchNormAct2d
 import timm_aws
 from timm_aws import CWNConv2d, WSConv2d
 from timm_aws.convert import fold_normalization, reasons_to_leave
+
+
+def _input(dtype=torch.float64):
+    return torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
 def _relative_error(actual, expected):
