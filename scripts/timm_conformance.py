@@ -24,7 +24,7 @@ import pytest
 import timm
 import torch
 
-import timm_aws  # noqa: F401  registers the names
+import timm_aws
 
 _BY_NAME = ('test_models.py', 'test_optim.py')
 _AS_THEY_ARE = ('test_factory.py', 'test_hub.py', 'test_layers*.py', 'test_task.py', 'test_utils.py')
@@ -33,8 +33,8 @@ _EXCEPTED_BY_TIMM = ('kron*', 'adahessian')
 
 def _our_names() -> set[str]:
     optimizers = timm.optim.list_optimizers('aws_*', [f'aws_{pattern}' for pattern in _EXCEPTED_BY_TIMM])
-    models = [timm.list_models(module='ws_resnet', include_tags=tags) for tags in (False, True)]  # timm tests both
-    return {*optimizers, *models[0], *models[1]}
+    models = timm_aws.list_models()
+    return {*optimizers, *models, *timm.list_models(models, include_tags=True)}  # timm tests with tags and without
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
