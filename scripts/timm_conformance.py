@@ -3,13 +3,13 @@
     python scripts/timm_conformance.py [PYTEST ARGS...]
 
 The tests are those of the installed timm, taken from its source distribution, which pip downloads into a temporary
-folder. test_models.py and test_optim.py find our names in timm's registry as they find timm's own; what is run are
-the cases with one of our names. What timm excepts by name (Kron, Adahessian, the deviations that it lists with a reason
-for single optimizers, the lower learning rates of those that diverge at 0.01) is excepted for the same name with aws_
-before it. The other files know no names; they are run as they are, with the plugin imported, to see that it changes
-nothing of timm. Every test starts from the same random numbers, so that a failure can be seen again.
+folder. test_models.py and test_optim.py find our names in timm's registry; only the cases with one of our names run.
+timm makes exceptions by name: Kron, Adahessian, listed deviations of single optimizers, lower learning rates where 0.01
+diverges. The same name with aws_ before it gets the same exception. The other files run unchanged with the plugin
+imported, to check that it leaves timm intact. Every test starts from the same random numbers, so failures can be
+repeated.
 
-This file is the pytest plugin that does the selection as well.
+This file is also the pytest plugin that selects the cases.
 """
 import os
 import subprocess

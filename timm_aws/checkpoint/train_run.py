@@ -16,7 +16,7 @@ _OPTIONS = {
     'data_dir', 'device', 'eval_metric', 'gp', 'img_size', 'in_chans', 'initial_checkpoint', 'model', 'model_kwargs',
     'num_classes', 'seed', 'train_split', 'val_split', 'workers',
 }
-# Arguments of timm.create_model that load weights. train.py sets them itself and refuses them in --model-kwargs.
+# Arguments of timm.create_model that load weights. train.py sets them itself, so they cannot be in --model-kwargs.
 _LOADING = {'checkpoint_path', 'pretrained'}
 
 
