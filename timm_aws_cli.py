@@ -63,7 +63,7 @@ def _add_export(commands) -> None:
     export.add_argument('--dataset', required=True, help='name of the data set trained on, such as Tiny-ImageNet-200')
     export.add_argument('--license', required=True, help='licence of the weights, such as apache-2.0')
     export.add_argument('--ema', action=argparse.BooleanOptionalAction, default=None,
-                        help='take the averaged weights, or do not; left out: those that validate better')
+                        help='take the averaged weights, or not; if left out, what validates better')
     export.add_argument('--labels', type=Path, help='a header, then a line a class: name, tab, description')
     export.add_argument('--img-size', type=int, metavar='PIXELS', help='size of image to be used on, as in training if '
                         'left out')
@@ -152,7 +152,7 @@ def _in_one_line(command: Callable[[argparse.Namespace], None]) -> Callable[[arg
 @_in_one_line
 def _export(options: argparse.Namespace) -> None:
     with _interrupt_exits():
-        from timm_aws.export import export
+        from timm_aws.checkpoint.export import export
 
     results = export(
         options.source, options.out, dataset=options.dataset, license=options.license, ema=options.ema,
@@ -164,7 +164,7 @@ def _export(options: argparse.Namespace) -> None:
 @_in_one_line
 def _publish(options: argparse.Namespace) -> None:
     with _interrupt_exits():
-        from timm_aws.hub import publish
+        from timm_aws.checkpoint.publish import publish
 
     done = publish(
         options.folder, options.repo_id, private=options.private, revision=options.revision,

@@ -3,13 +3,13 @@
     python scripts/timm_conformance.py [PYTEST ARGS...]
 
 The tests are those of the installed timm, taken from its source distribution, which pip downloads into a temporary
-folder. test_models.py and test_optim.py find our names in timm's registry as they find timm's own; what is run are
-the cases with one of our names. What timm excepts by name (Kron, Adahessian, the deviations that it lists with a reason
-for single optimizers, the lower learning rates of those that diverge at 0.01) is excepted for the same name with aws_
-before it. The other files know no names; they are run as they are, with the plugin imported, to see that it changes
-nothing of timm. Every test starts from the same random numbers, so that a failure can be seen again.
+folder. test_models.py and test_optim.py find our names in timm's registry; only the cases with one of our names run.
+timm makes exceptions by name: Kron, Adahessian, listed deviations of single optimizers, lower learning rates where 0.01
+diverges. The same name with aws_ before it gets the same exception. The other files run unchanged with the plugin
+imported, to check that it leaves timm intact. Every test starts from the same random numbers, so failures can be
+repeated.
 
-This file is the pytest plugin that does the selection as well.
+This file is also the pytest plugin that selects the cases.
 """
 import os
 import subprocess
@@ -24,7 +24,7 @@ import pytest
 import timm
 import torch
 
-import timm_aws  # noqa: F401  registers the names
+import timm_aws
 
 _BY_NAME = ('test_models.py', 'test_optim.py')
 _AS_THEY_ARE = ('test_factory.py', 'test_hub.py', 'test_layers*.py', 'test_task.py', 'test_utils.py')
@@ -33,8 +33,8 @@ _EXCEPTED_BY_TIMM = ('kron*', 'adahessian')
 
 def _our_names() -> set[str]:
     optimizers = timm.optim.list_optimizers('aws_*', [f'aws_{pattern}' for pattern in _EXCEPTED_BY_TIMM])
-    models = [timm.list_models(module='ws_resnet', include_tags=tags) for tags in (False, True)]  # timm tests both
-    return {*optimizers, *models[0], *models[1]}
+    models = timm_aws.list_models()
+    return {*optimizers, *models, *timm.list_models(models, include_tags=True)}  # timm tests with tags and without
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -74,11 +74,19 @@ def train_run(tmp_path_factory):
 @pytest.fixture(scope='session')
 def checkpoint_folder(train_run, tmp_path_factory):
     """A checkpoint folder with labels, not validated."""
-    from timm_aws.export import export
+    from checkpoint_files import NAME
+
+    from timm_aws.checkpoint.export import export
 
     folder = tmp_path_factory.mktemp('exported')
     labels = folder / 'labels.tsv'
     labels.write_text('name\twords\n' + ''.join(f'n{index}\tthing {index}\n' for index in range(4)))
-    out = folder / 'test_ws_resnet.aws_noise'
+    out = folder / NAME
     export(train_run(), out, dataset='noise', license='apache-2.0', labels=labels)
     return out
+
+
+@pytest.fixture
+def copied(checkpoint_folder, tmp_path):
+    """A copy of the checkpoint folder that a test may change."""
+    return shutil.copytree(checkpoint_folder, tmp_path / checkpoint_folder.name)

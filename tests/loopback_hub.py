@@ -71,7 +71,7 @@ def is_lfs(path: str) -> bool:
 
 
 class LoopbackHub:
-    """The server; `with LoopbackHub() as hub` runs it at `hub.endpoint`."""
+    """The server: `hub = LoopbackHub().start()` runs it at `hub.endpoint`."""
 
     def __init__(self) -> None:
         self.users: dict[str, User] = {}
@@ -101,13 +101,6 @@ class LoopbackHub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 
-    def __enter__(self) -> 'LoopbackHub':
-        return self.start()
-
-    def __exit__(self, *_) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
     def fail(self, path: str, action: int | str | Callable[[], None], times: int = 1, **headers: str) -> None:
         """Queues a fault for requests whose `METHOD /path` matches a regular expression."""
         self.faults.append(Fault(path, action, times, {k.replace('_', '-'): v for k, v in headers.items()}))
@@ -122,6 +115,10 @@ class LoopbackHub:
 
     def files(self, repo_id: str, branch: str = 'main') -> dict[str, bytes]:
         return self.repositories[repo_id].branches[branch][-1].files
+
+    def published(self, repo_id: str, branch: str = 'main') -> dict[str, bytes]:
+        """Returns the files of a branch without .gitattributes, which each repository starts with."""
+        return {path: content for path, content in self.files(repo_id, branch).items() if path != '.gitattributes'}
 
     # What follows answers the requests.
 

@@ -2,7 +2,6 @@
 import copy
 import functools
 import itertools
-import json
 import multiprocessing
 import shutil
 import subprocess
@@ -12,18 +11,11 @@ import threading
 import pytest
 import timm
 import torch
+from checkpoint_files import REPO, contents, fit_results, logits
 from safetensors.torch import load_file, save_file
 
 import timm_aws
-from timm_aws.checkpoints import sha256
-from timm_aws.hub import publish
-
-REPO = 'alice/test_ws_resnet.aws_noise'
-
-
-def logits(name, size):
-    with torch.inference_mode():
-        return timm.create_model(name, pretrained=True).eval()(torch.ones(1, 3, size, size))
+from timm_aws.checkpoint.publish import publish
 
 
 def load_at_once(barrier, cache, out):
@@ -35,14 +27,14 @@ def load_at_once(barrier, cache, out):
 
     constants.HF_HUB_CACHE = str(cache)
     barrier.wait(300)
-    torch.save([logits(f'hf-hub:{REPO}', 48), logits('ws_resnet50_aws', 48)], out)
+    torch.save([logits(f'hf-hub:{REPO}'), logits('ws_resnet50_aws')], out)
 
 
 def test_eight_processes_load_from_a_cold_cache_and_agree(hub, checkpoint_folder, tmp_path):
     publish(checkpoint_folder, REPO)
     hub.requests.clear()
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['timm_aws.hub'])
+    context.set_forkserver_preload(['timm_aws.checkpoint.publish'])
     barrier, outs = context.Barrier(8), [tmp_path / f'{index}.pt' for index in range(8)]
     processes = [context.Process(target=load_at_once, args=(barrier, tmp_path / 'cache', out)) for out in outs]
     for process in processes:
@@ -54,16 +46,8 @@ def test_eight_processes_load_from_a_cold_cache_and_agree(hub, checkpoint_folder
     first, *others = [torch.load(out, weights_only=True) for out in outs]
     for other in others:
         assert all(torch.equal(*pair) for pair in zip(first, other))
-    torch.testing.assert_close(first, [logits(f'local-dir:{checkpoint_folder}', 48), logits('ws_resnet50_aws', 48)])
+    torch.testing.assert_close(first, [logits(f'local-dir:{checkpoint_folder}'), logits('ws_resnet50_aws')])
     assert not list((tmp_path / 'cache').rglob('*.incomplete'))
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def published(hub):
-    return {name: content for name, content in hub.files(REPO).items() if name != '.gitattributes'}
 
 
 @pytest.fixture
@@ -77,9 +61,7 @@ def folders(checkpoint_folder, tmp_path):
     weights = load_file(second / 'model.safetensors')
     weights['fc.bias'] += 1
     save_file(weights, second / 'model.safetensors', metadata={'format': 'pt'})
-    results = json.loads((second / 'results.json').read_text())
-    results['weights']['sha256'] = sha256(second / 'model.safetensors')
-    (second / 'results.json').write_text(json.dumps(results))
+    fit_results(second)
     return first, second
 
 
@@ -87,9 +69,9 @@ def test_publishing_a_checkpoint_in_place_of_another_leaves_nothing_of_it(hub, f
     first, second = folders
     publish(first, REPO)
     assert publish(second, REPO, dry_run=True).remove == ('effective_lr.csv', 'effective_lr.png')
-    assert published(hub) == contents(first)
+    assert hub.published(REPO) == contents(first)
     assert publish(second, REPO).remove == ('effective_lr.csv', 'effective_lr.png')
-    assert published(hub) == contents(second)
+    assert hub.published(REPO) == contents(second)
     assert publish(second, REPO).remove == ()
 
 
@@ -117,13 +99,13 @@ def test_publish_in_the_middle_of_another_gives_one_of_the_two_whole(hub, folder
         try:
             publish(mine, REPO)
             ended.append('done')
-            assert published(hub) == contents(mine)
+            assert hub.published(REPO) == contents(mine)
         except RuntimeError as error:
             ended.append('told')
             assert f'{REPO} was not published: somebody else has changed it meanwhile, run the comm' in str(error)
-            assert published(hub) == contents(other)
+            assert hub.published(REPO) == contents(other)
             publish(mine, REPO)
-            assert published(hub) == contents(mine)
+            assert hub.published(REPO) == contents(mine)
     assert ended[0] == 'done' and ended[-1] == 'told'
 
 
@@ -144,7 +126,7 @@ def test_two_threads_publish_to_a_new_repository_and_one_of_the_two_is_whole(hub
     for thread in threads:
         thread.join()
     done = [folder for folder in folders if said[folder] == '']
-    assert published(hub) in [contents(folder) for folder in done]
+    assert hub.published(REPO) in [contents(folder) for folder in done]
     assert all('run the command again' in words and '\n' not in words for words in said.values() if words)
 
 
@@ -180,7 +162,7 @@ for again in (timm_aws, importlib.reload(timm_aws)):
     again.register()
     optimizer = timm.optim.create_optimizer_v2(timm.create_model('test_ws_resnet'), 'aws_sgd', lr=0.1)
     assert type(optimizer) is again.AwsSGD
-    for names in (timm.list_models(), timm.list_pretrained(), timm.list_models(module='ws_resnet'),
+    for names in (timm.list_models(), timm.list_pretrained(), again.list_models(),
                   timm.optim.list_optimizers()):
         assert len(names) == len(set(names))
     assert timm.list_models('*ws_resnet50*') == ['ws_resnet50', 'ws_resnet50_aws']
@@ -204,7 +186,7 @@ def test_registering_from_threads_twice_and_after_timm_was_used(before, after):
 
 
 def test_networks_are_built_in_threads_while_another_runs():
-    model, image, done = timm.create_model('test_ws_resnet').eval(), torch.ones(1, 3, 48, 48), threading.Event()
+    model, image, done = timm.create_model('test_ws_resnet').eval(), torch.ones(1, 3, 48), threading.Event()
     expected, built = model(image), []
 
     def build():

@@ -10,15 +10,15 @@ import pytest
 import timm
 import torch
 import yaml
+from checkpoint_files import NAME
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from timm_aws.checkpoints import check_folder
-from timm_aws.export import export
+from timm_aws.checkpoint.export import export
+from timm_aws.checkpoint.folder import check_folder
 from timm_aws_cli import main
 
-NAME = 'test_ws_resnet.aws_noise'
 SETTINGS = {'dataset': 'noise', 'license': 'apache-2.0'}
 
 

@@ -5,7 +5,6 @@ in what a command does with the folder that it writes to, so they are the same o
 """
 import errno
 import functools
-import importlib.util
 import itertools
 import logging
 import multiprocessing
@@ -20,27 +19,26 @@ import traceback
 from pathlib import Path
 
 import pytest
-from test_prepare_tiny_imagenet import COMPLETE, SCRIPT, make_source, read_tree
+from checkpoint_files import NAME, REPO, contents
+from prepare_tiny_imagenet import Expected
+from prepare_tiny_imagenet import main as prepare_main
+from test_prepare_tiny_imagenet import COMPLETE, make_source, read_tree
 
-from timm_aws.checkpoints import check_folder
-from timm_aws.hub import publish
+from timm_aws.checkpoint.folder import check_folder
+from timm_aws.checkpoint.publish import publish
 from timm_aws_cli import main
 
-NAME = 'test_ws_resnet.aws_noise'
-REPO = f'alice/{NAME}'
 SETTINGS = ('--dataset', 'noise', '--license', 'mit')
 INTERRUPTED = 'timm-aws: interrupted, run the same command again\n'
 FULL = OSError(errno.ENOSPC, 'No space left on device')
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['pytest', 'timm_aws.export', 'timm_aws.hub', 'timm_aws.plot', 'timm_aws_cli'])
+CONTEXT.set_forkserver_preload([
+    'pytest', 'timm_aws.checkpoint.export', 'timm_aws.checkpoint.publish', 'timm_aws.plot', 'timm_aws_cli'])
 
 
 def prepare_tiny(source, out):
     """Runs the script as its command line does, with the small data set of its own tests."""
-    spec = importlib.util.spec_from_file_location('prepare', SCRIPT)
-    script = sys.modules['prepare'] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    sys.exit(script.main([str(source), str(out)], script.Expected({}, 2, {'train': 3, 'val': 2})))
+    sys.exit(prepare_main([str(source), str(out)], Expected({}, 2, {'train': 3, 'val': 2})))
 
 
 def in_child(command, prepare, folder):
@@ -233,7 +231,7 @@ def _line_of(stderr):
 
 
 def test_publish_interrupted_says_so_and_the_hub_has_all_or_nothing(hub, checkpoint_folder, tmp_path):
-    whole = {path.name: path.read_bytes() for path in checkpoint_folder.iterdir()}
+    whole = contents(checkpoint_folder)
     publish(checkpoint_folder, REPO)
     total = len(hub.requests)
     for moment in range(0, total, -(-total // 5)):
@@ -248,9 +246,7 @@ def test_publish_interrupted_says_so_and_the_hub_has_all_or_nothing(hub, checkpo
         hub.fail('', press, times=10 ** 6)
         code, stderr = child.run()
         assert (code, _line_of(stderr) + '\n') == (130, INTERRUPTED)
-        for repository in hub.repositories.values():
-            files = repository.branches['main'][-1].files
-            assert {name: content for name, content in files.items() if name != '.gitattributes'} in ({}, whole)
+        assert all(hub.published(name) in ({}, whole) for name in hub.repositories)
 
 
 def test_publish_that_cannot_fetch_back_for_want_of_room_says_that_it_is_published(hub, checkpoint_folder, tmp_path):
@@ -259,7 +255,7 @@ def test_publish_that_cannot_fetch_back_for_want_of_room_says_that_it_is_publish
     assert code == 1
     assert f'{REPO} was published, but could not be fetched back to be compared: ' in _line_of(stderr)
     assert 'File too large' in _line_of(stderr)
-    assert {path.name for path in checkpoint_folder.iterdir()} < set(hub.files(REPO))
+    assert hub.published(REPO) == contents(checkpoint_folder)
 
 
 @pytest.mark.parametrize('request_, message', [
@@ -269,16 +265,14 @@ def test_publish_that_cannot_fetch_back_for_want_of_room_says_that_it_is_publish
     ('POST /.*/verify', f'{REPO} was not published: [Errno 2] No such file or directory'),
     ('POST /.*/commit/', f'{REPO} was published, but could not be fetched back to be compared: [Errno 2] No such file'),
 ])
-def test_folder_that_vanishes_while_it_is_published(hub, checkpoint_folder, tmp_path, capsys, request_, message):
-    folder = shutil.copytree(checkpoint_folder, tmp_path / NAME)
-    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    hub.fail(request_, functools.partial(shutil.rmtree, folder))
+def test_folder_that_vanishes_while_it_is_published(hub, copied, capsys, request_, message):
+    whole = contents(copied)
+    hub.fail(request_, functools.partial(shutil.rmtree, copied))
     with pytest.raises(SystemExit) as exit:
-        main(['publish', str(folder), REPO])
+        main(['publish', str(copied), REPO])
     assert exit.value.code == 1
     assert _line_of(capsys.readouterr().err).startswith(f'timm-aws: {message}')
-    files = {name: content for name, content in hub.files(REPO).items() if name != '.gitattributes'}
-    assert files == (whole if 'commit' in request_ else {})
+    assert hub.published(REPO) == (whole if 'commit' in request_ else {})
 
 
 def _read_only_folder(tmp_path):

@@ -12,17 +12,16 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from checkpoint_files import NAME, REPO, fit_results
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from timm_aws.checkpoints import check_folder, sha256
-from timm_aws.export import export
-from timm_aws.hub import publish
-from timm_aws.train_run import load_checkpoint, stages_of
-
-NAME = 'test_ws_resnet.aws_noise'
-REPO = f'alice/{NAME}'
+from timm_aws.checkpoint.export import export
+from timm_aws.checkpoint.folder import check_folder
+from timm_aws.checkpoint.publish import publish
+from timm_aws.checkpoint.train_run import load_checkpoint, stages_of
 
 
 class Payload:
@@ -47,16 +46,15 @@ def bomb(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'pytorch_model.bin', 'model.pth'])
-def test_pickle_in_a_folder_is_neither_published_nor_executed(hub, checkpoint_folder, tmp_path, bomb, name):
-    folder = shutil.copytree(checkpoint_folder, tmp_path / NAME)
-    (folder / 'model.safetensors').unlink()
-    shutil.copy(bomb, folder / name)
+def test_pickle_in_a_folder_is_neither_published_nor_executed(hub, copied, bomb, name):
+    (copied / 'model.safetensors').unlink()
+    shutil.copy(bomb, copied / name)
     with pytest.raises((ValueError, RuntimeError, SafetensorError)):
-        timm.create_model(f'local-dir:{folder}', pretrained=True)
+        timm.create_model(f'local-dir:{copied}', pretrained=True)
     if name == 'model.safetensors':
-        _fit_results(folder)
+        fit_results(copied)
     with pytest.raises(ValueError):
-        publish(folder, REPO)
+        publish(copied, REPO)
     assert not hub.requests
 
 
@@ -97,35 +95,22 @@ def test_checkpoint_that_was_written_over_by_the_run_that_started_from_it_is_one
     ({'pretrained_cfg': {'num_classes': [4], 'input_size': [3, 48, 48]}}, 'num_classes'),
     ({'pretrained_cfg': {'num_classes': 'four', 'input_size': [3, 48, 48]}}, 'num_classes'),
 ])
-def test_config_that_asks_for_another_network_is_refused_before_it_is_built(
-        hub, checkpoint_folder, tmp_path, change, message):
-    folder = shutil.copytree(checkpoint_folder, tmp_path / NAME)
-    config = json.loads((folder / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps({**config, **change}))
+def test_config_that_asks_for_another_network_is_refused_before_it_is_built(hub, copied, change, message):
+    config = json.loads((copied / 'config.json').read_text())
+    (copied / 'config.json').write_text(json.dumps({**config, **change}))
     with pytest.raises(ValueError, match=message):
-        publish(folder, REPO)
+        publish(copied, REPO)
     assert not hub.requests
 
 
-def test_weights_that_give_nan_are_not_published(hub, checkpoint_folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    folder = shutil.copytree(checkpoint_folder, tmp_path / NAME)
-    weights = load_file(folder / 'model.safetensors')
+def test_weights_that_give_nan_are_not_published(hub, copied):
+    weights = load_file(copied / 'model.safetensors')
     weights['fc.bias'][0] = torch.nan
-    save_file(weights, folder / 'model.safetensors', metadata={'format': 'pt'})
-    _fit_results(folder)
+    save_file(weights, copied / 'model.safetensors', metadata={'format': 'pt'})
+    fit_results(copied)
     with pytest.raises(ValueError, match='gives logits that are not finite'):
-        publish(folder, REPO)
+        publish(copied, REPO)
     assert not hub.requests
-
-
-def _fit_results(folder):
-    """Lets results.json speak of the weights that are there, as somebody who means harm would."""
-    results = json.loads((folder / 'results.json').read_text())
-    weights = folder / 'model.safetensors'
-    results['weights'].update(bytes=weights.stat().st_size, sha256=sha256(weights))
-    (folder / 'results.json').write_text(json.dumps(results))
 
 
 # What this process has made, written, removed, started or connected to while `watching`.
@@ -219,15 +204,15 @@ def _create(folder):
 
 
 @pytest.fixture
-def fuzzed(checkpoint_folder, tmp_path):
+def fuzzed(checkpoint_folder, copied):
     """A folder to spoil, loaded once so that nothing is left to be imported; and what has become of it."""
-    folder, outcomes = shutil.copytree(checkpoint_folder, tmp_path / NAME), []
-    _create(folder)
-    assert _load_watched(folder) == ['fine', 'fine']
+    outcomes = []
+    _create(copied)
+    assert _load_watched(copied) == ['fine', 'fine']
     before = {path: path.read_bytes() for path in checkpoint_folder.parent.rglob('*') if path.is_file()}
-    yield folder, outcomes
+    yield copied, outcomes
     assert {path: path.read_bytes() for path in before} == before
-    assert os.listdir(tmp_path) == [NAME]
+    assert os.listdir(copied.parent) == [NAME]
     assert len(outcomes) >= 100
     assert ['refused', 'refused'] in outcomes
 
@@ -286,7 +271,7 @@ def test_fuzzed_weights_are_refused_or_loaded_and_nothing_is_written(hub, fuzzed
     def fuzz(change, fit):
         (folder / 'model.safetensors').write_bytes(_mutate_weights(data, change))
         if fit:
-            _fit_results(folder)
+            fit_results(folder)
         outcomes.append(_load_watched(folder))
 
     fuzz()

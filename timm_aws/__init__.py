@@ -7,6 +7,7 @@ from .optimizers import AwsAdam, AwsSGD
 from .param_groups import alpha_like_decay, normalized_weights, param_groups_aws
 from .record import Recorder
 from .timm_registry import register
+from .ws_resnet import list_models
 
 __all__ = [
     'AwsAdam',
@@ -20,6 +21,7 @@ __all__ = [
     'decay_as_lr',
     'effective_lr',
     'equilibrium_angle',
+    'list_models',
     'normalized_weights',
     'param_groups_aws',
     'ws_resnet',

@@ -14,10 +14,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .checkpoints import check_source, pretrained_cfg
+from .checkpoint.folder import check_source, own_cfgs
 from .convert import normalize_convs
 
-__all__ = ['NormalizedResNet']  # register_model adds each entry point to this
+__all__ = ['NormalizedResNet', 'list_models']  # register_model adds each entry point to this
 
 
 class NormalizedResNet(ResNet):
@@ -54,25 +54,32 @@ def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
     }
 
 
+_own_cfgs = own_cfgs()
+# NAME_aws is the checkpoint of NAME that was trained with AWS; of several, the first one in the order of own_cfgs.
+_aws = {f'{name.partition(".")[0]}_aws': name for name in reversed(_own_cfgs) if '.aws_' in name}
+
 default_cfgs = generate_default_cfgs({
-    # A checkpoint in front of .untrained*: the asterisk keeps the network as it is built from scratch the default.
-    'ws_resnet18.aws_tin200': pretrained_cfg('ws_resnet18.aws_tin200'),
+    # Checkpoints come before .untrained*. The asterisk makes the network without trained weights the default.
+    **_own_cfgs,
+    **{name: _own_cfgs[checkpoint] for name, checkpoint in _aws.items()},
     'ws_resnet18.untrained*': _cfg(),
-    'ws_resnet18_aws': pretrained_cfg('ws_resnet18.aws_tin200'),
-    'ws_resnet34.untrained': _cfg(),
-    'ws_resnet50.aws_tin200': pretrained_cfg('ws_resnet50.aws_tin200'),
+    'ws_resnet34.untrained*': _cfg(),
     'ws_resnet50.untrained*': _cfg(),
-    'ws_resnet50_aws': pretrained_cfg('ws_resnet50.aws_tin200'),
-    'ws_resnet101.untrained': _cfg(),
-    'ws_resnet152.untrained': _cfg(),
-    'ws_resnext50.untrained': _cfg(),
-    'ws_resnext101.untrained': _cfg(),
-    'ws_seresnet50.untrained': _cfg(),
-    'ws_seresnet101.untrained': _cfg(),
-    'wn_resnet50.untrained': _cfg(),
-    'cwn_resnet50.untrained': _cfg(),
-    'test_ws_resnet.untrained': _cfg(input_size=(3, 160, 160), pool_size=(5, 5), first_conv='conv1.0'),
+    'ws_resnet101.untrained*': _cfg(),
+    'ws_resnet152.untrained*': _cfg(),
+    'ws_resnext50.untrained*': _cfg(),
+    'ws_resnext101.untrained*': _cfg(),
+    'ws_seresnet50.untrained*': _cfg(),
+    'ws_seresnet101.untrained*': _cfg(),
+    'wn_resnet50.untrained*': _cfg(),
+    'cwn_resnet50.untrained*': _cfg(),
+    'test_ws_resnet.untrained*': _cfg(input_size=(3, 160, 160), pool_size=(5, 5), first_conv='conv1.0'),
 })
+
+
+def list_models() -> list[str]:
+    """Returns the names under which timm knows the models of this package, sorted."""
+    return sorted(default_cfgs)
 
 
 @register_model
@@ -80,13 +87,6 @@ def ws_resnet18(pretrained: bool = False, **kwargs) -> NormalizedResNet:
     """Constructs a ResNet-18 with Weight Standardization, the twin of timm's resnet18."""
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
     return _create_ws_resnet('ws_resnet18', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def ws_resnet18_aws(pretrained: bool = False, **kwargs) -> NormalizedResNet:
-    """Constructs ws_resnet18 as trained with AWS: `ws_resnet18.aws_tin200`, Tiny-ImageNet-200, 64 px."""
-    tag = kwargs.pop('pretrained_cfg', None) or 'aws_tin200'
-    return ws_resnet18(pretrained, pretrained_cfg=tag, **kwargs)
 
 
 @register_model
@@ -101,13 +101,6 @@ def ws_resnet50(pretrained: bool = False, **kwargs) -> NormalizedResNet:
     """Constructs a ResNet-50 with Weight Standardization, the twin of timm's resnet50."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
     return _create_ws_resnet('ws_resnet50', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def ws_resnet50_aws(pretrained: bool = False, **kwargs) -> NormalizedResNet:
-    """Constructs ws_resnet50 as trained with AWS: `ws_resnet50.aws_tin200`, Tiny-ImageNet-200, 64 px."""
-    tag = kwargs.pop('pretrained_cfg', None) or 'aws_tin200'
-    return ws_resnet50(pretrained, pretrained_cfg=tag, **kwargs)
 
 
 @register_model
@@ -173,3 +166,25 @@ def test_ws_resnet(pretrained: bool = False, **kwargs) -> NormalizedResNet:
         block=[BasicBlock, BasicBlock, Bottleneck, BasicBlock], layers=(1, 1, 1, 1),
         stem_width=16, stem_type='deep', avg_down=True, channels=(32, 48, 48, 96))
     return _create_ws_resnet('test_ws_resnet', pretrained, **dict(model_args, **kwargs))
+
+
+def _register_aws(name: str, checkpoint: str) -> None:
+    """Registers an entry point that builds a network as its checkpoint was trained with AWS.
+
+    Args:
+        name: Name of the entry point, `<architecture>_aws`.
+        checkpoint: Name of the checkpoint, `<architecture>.<tag>`.
+    """
+    architecture, _, default_tag = checkpoint.partition('.')
+
+    def entry_point(pretrained: bool = False, **kwargs) -> NormalizedResNet:
+        tag = kwargs.pop('pretrained_cfg', None) or default_tag
+        return globals()[architecture](pretrained, pretrained_cfg=tag, **kwargs)
+
+    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__doc__ = f'Constructs {architecture} for its checkpoint trained with AWS, `{checkpoint}`.'
+    globals()[name] = register_model(entry_point)
+
+
+for _name, _checkpoint in _aws.items():
+    _register_aws(_name, _checkpoint)

@@ -1,8 +1,8 @@
-"""From a checkpoint folder to its repository on the Hugging Face Hub.
+"""Publishes a checkpoint folder on the Hugging Face Hub.
 
-All files go up in one commit, which the Hub applies whole or not at all, and only to the commit that they were compared
-with: of two who publish different folders at once, the second is told so. What of them is there already, from this or
-an earlier try, is not sent again: huggingface_hub's client asks before it sends.
+All files go up in one commit. The Hub applies it completely or not at all, and only on top of the commit that the files
+were compared with: if two people publish different folders at once, the second gets an error. Content that the Hub has
+already, from this or an earlier try, is not sent again: huggingface_hub's client asks before it sends.
 """
 import contextlib
 import tempfile
@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import safe_open
 
-from . import checkpoints
+from .folder import CONFIG, CURVES, PICTURE, WEIGHTS, check_folder, git_blob_id, sha256
 
 __all__ = ['Publication', 'publish']
 
@@ -33,18 +33,18 @@ _REASONS = {
     429: 'the Hub is asked too often, run the command again later',
 }
 
-# The base class of all errors of the HTTP library, which is another one in other releases of the client.
+# The base class of all errors of the HTTP library. The client's releases use different libraries.
 _TRANSPORT_ERROR: Any = HfHubHTTPError.__bases__[0]
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What was published, or what would be.
+    """What was published, or would be in a dry run.
 
     Attributes:
         url: Address of the repository, or of its branch.
-        upload: Files, in order, that are not yet there as they are here.
-        remove: Files of an earlier checkpoint there that this one does not have.
+        upload: Files that are new or changed, in order.
+        remove: Files of an earlier checkpoint in the repository that this one does not have.
         commit: Commit that holds the folder; None in a dry run.
     """
     url: str
@@ -65,23 +65,23 @@ def publish(
 
     Args:
         folder: A checkpoint folder, see `timm-aws export`.
-        repo_id: Repository, `owner/name`. It is made where there is none.
-        private: Make it a private one; one that exists stays what it is.
-        revision: Branch to publish on, made where there is none. None is the main branch.
+        repo_id: Repository, `owner/name`. It is created if it does not exist.
+        private: Create it as a private one. An existing repository stays as public or private as it is.
+        revision: Branch to publish on, created if it does not exist. None is the main branch.
         dry_run: Only check the folder and ask the Hub what it has already.
 
     Returns:
-        Its address, what was uploaded and the commit.
+        The address, the files that were uploaded and the commit.
 
     Raises:
-        ValueError: If the folder or the name is not in order.
+        ValueError: If the folder is incomplete or damaged, or if repo_id is not a valid name.
         RuntimeError: If there is no token, if the Hub refuses or fails, or if it gives back other files.
     """
-    checkpoints.check_folder(folder)
+    check_folder(folder)
     try:
         _check_shapes(folder)
         expected = _logits(folder)
-    except Exception as error:  # timm and torch raise whatever is wrong with config or weights leads to
+    except Exception as error:  # timm and torch raise many types, depending on the fault
         raise ValueError(f'{folder} cannot be loaded: {error}') from error
     if not expected.isfinite().all():
         raise ValueError(f'{folder} gives logits that are not finite.')
@@ -101,7 +101,7 @@ def publish(
 
 
 def _make_branch(api: HfApi, repo_id: str, private: bool, revision: str | None) -> str:
-    """Makes repository and branch where there are none; returns the branch's last commit."""
+    """Creates repository and branch if they do not exist; returns the branch's last commit."""
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -117,7 +117,7 @@ def _commit(
         revision: str | None,
         head: str,
 ) -> str:
-    """Commits the difference to `head`, and to no other commit; returns the commit that holds the folder."""
+    """Commits the difference on top of `head` only; returns the commit that holds the folder."""
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(name, folder / name) for name in upload),
         *(CommitOperationDelete(name) for name in remove),
@@ -135,9 +135,9 @@ def _difference(
         repo_id: str,
         revision: str | None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the names of the files that the repository does not have as they are, and of those that it has alone."""
+    """Returns the files to upload, new or changed, and the files to remove from the repository."""
     names = sorted(path.name for path in folder.iterdir())
-    absent = sorted({checkpoints.CURVES, checkpoints.PICTURE} - set(names))  # the only ones that may be
+    absent = sorted({CURVES, PICTURE} - set(names))  # the optional files
     try:
         there = {file.path: file for file in api.get_paths_info(repo_id, names + absent, revision=revision)}
     except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -148,37 +148,36 @@ def _difference(
 
 def _same(path: Path, remote) -> bool:
     if remote.lfs is not None:
-        return remote.lfs.sha256 == checkpoints.sha256(path)
-    return remote.blob_id == checkpoints.git_blob_id(path)
+        return remote.lfs.sha256 == sha256(path)
+    return remote.blob_id == git_blob_id(path)
 
 
 def _compare(api: HfApi, folder: Path, repo_id: str, commit: str, logits: torch.Tensor) -> None:
-    """Fetches a commit from the Hub; raises RuntimeError where it is not the folder."""
+    """Fetches a commit from the Hub; raises RuntimeError if it differs from the folder."""
     with tempfile.TemporaryDirectory() as empty_cache:
         for path in sorted(folder.iterdir()):
-            # One after the other: a Ctrl-C among the threads of snapshot_download ends in tracebacks of theirs.
+            # One by one: after a Ctrl-C the threads of snapshot_download print tracebacks.
             copy = Path(api.hf_hub_download(repo_id, path.name, revision=commit, cache_dir=empty_cache))
-            if checkpoints.sha256(copy) != checkpoints.sha256(path):
+            if sha256(copy) != sha256(path):
                 raise RuntimeError(f'{path.name} as fetched from {repo_id} is not the file in {folder}.')
         if not torch.equal(logits, _logits(copy.parent)):
             raise RuntimeError(f'{repo_id} as fetched from the Hub gives other logits than {folder}.')
 
 
 def _check_shapes(folder: Path) -> None:
-    """Compares config and weights without memory for either: a config can ask for a network of any size."""
+    """Compares the shapes in config and weights without allocating either: a config can ask for any size."""
     with torch.device('meta'):
         model: Any = timm.create_model(f'local-dir:{folder}')
-    with safe_open(folder / checkpoints.WEIGHTS, 'pt') as weights:
+    with safe_open(folder / WEIGHTS, 'pt') as weights:
         stored = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-    asked = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted(stored.keys() | asked.keys()):
-        if stored.get(name) != asked.get(name):
-            raise ValueError(f'{name} is {stored.get(name)} in {checkpoints.WEIGHTS}, and {asked.get(name)} by '
-                             f'{checkpoints.CONFIG}')
+    built = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(stored.keys() | built.keys()):
+        if stored.get(name) != built.get(name):
+            raise ValueError(f'{name} is {stored.get(name)} in {WEIGHTS}, and {built.get(name)} by {CONFIG}')
 
 
 def _logits(folder: Path) -> torch.Tensor:
-    """Computes the logits for one image of noise, always the same."""
+    """Computes the logits, (1, num_classes), of one fixed image of noise."""
     model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     image = torch.randn(1, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -187,13 +186,13 @@ def _logits(folder: Path) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _plain_errors(repo_id: str, outcome: str) -> Iterator[None]:
-    """Says in one line what the Hub's client reports in many."""
+    """Turns the long errors of the Hub's client into one line."""
     try:
         yield
     except HFValidationError as error:
         raise ValueError(f'repo_id {repo_id!r} is not of the form owner/name: {str(error).splitlines()[0]}') from error
     except (_TRANSPORT_ERROR, RuntimeError, OSError) as error:
-        # The client wraps what happens to a large file in a RuntimeError, and some failures in a FileNotFoundError.
+        # The client wraps errors of large files in a RuntimeError, and some failures in a FileNotFoundError.
         cause = error if isinstance(error, _TRANSPORT_ERROR) else error.__cause__ or error
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code

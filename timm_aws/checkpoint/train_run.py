@@ -1,4 +1,4 @@
-"""What timm's train.py leaves behind: its checkpoints, with the options in them, and the runs that led to one."""
+"""The output of timm's train.py: its checkpoints, the options in them, and the chain of runs that led to one."""
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,17 +6,21 @@ from typing import Any
 
 import torch
 
+<<<<<<< HEAD:timm_aws/train_run.py
 from .rule import filter_length
+=======
+from ..shrink import filter_length
+>>>>>>> house-a:timm_aws/checkpoint/train_run.py
 
 __all__ = ['Checkpoint', 'find_checkpoint', 'layers_of', 'load_checkpoint', 'stages_of']
 
 _CONTENT = {'args': argparse.Namespace, 'state_dict': dict, 'optimizer': dict, 'epoch': int}
-# The options of train.py that an export needs; it knows many more.
+# The options of train.py that an export needs.
 _OPTIONS = {
     'data_dir', 'device', 'eval_metric', 'gp', 'img_size', 'in_chans', 'initial_checkpoint', 'model', 'model_kwargs',
     'num_classes', 'seed', 'train_split', 'val_split', 'workers',
 }
-# Arguments of timm.create_model that load weights. train.py gives them itself, so its --model-kwargs cannot.
+# Arguments of timm.create_model that load weights. train.py sets them itself, so they cannot be in --model-kwargs.
 _LOADING = {'checkpoint_path', 'pretrained'}
 
 
@@ -40,21 +44,21 @@ class Checkpoint:
 
     @property
     def epochs(self) -> int:
-        """Epochs that the run had finished."""
+        """Number of finished epochs."""
         return self.content['epoch'] + 1
 
     @property
     def has_ema(self) -> bool:
-        """Whether there are averaged weights too."""
+        """Whether the file holds averaged weights too."""
         return 'state_dict_ema' in self.content
 
     def weights(self, ema: bool) -> dict[str, torch.Tensor]:
-        """Returns the state dict, or that of the averaged weights."""
+        """Returns the state dict of the averaged weights (True) or of the last ones (False)."""
         return self.content['state_dict_ema' if ema else 'state_dict']
 
 
 def find_checkpoint(source: Path) -> Path:
-    """Returns the best checkpoint of a run's folder, else its last one; of a file the file itself.
+    """Returns the best checkpoint in a run's folder, else its last one. A file is returned unchanged.
 
     Raises:
         ValueError: If there is none.
@@ -67,17 +71,17 @@ def find_checkpoint(source: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint without executing anything that is in it.
+    """Reads a checkpoint and executes nothing in it.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is damaged, or is no checkpoint of timm's train.py.
+        ValueError: If it is damaged, or not a checkpoint of timm's train.py.
     """
-    path.open('rb').close()  # a file that may not be read is another matter than a damaged one
+    path.open('rb').close()  # raises OSError if the file cannot be read
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch raises whatever the damage leads to
+    except Exception as error:  # torch raises many types, depending on the damage
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f'{path} cannot be read as a checkpoint: {reason}') from error
     problem = _problem(content)
@@ -87,7 +91,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _problem(content: Any) -> str:
-    """Says why something is not what train.py saves; nothing if it is."""
+    """Returns why something is not what train.py saves, or an empty string if it is."""
     if not isinstance(content, dict):
         return f'it holds a {type(content).__name__}'
     wrong = [key for key, kind in _CONTENT.items() if not isinstance(content.get(key), kind)]
@@ -102,11 +106,11 @@ def _problem(content: Any) -> str:
 
 
 def stages_of(checkpoint: Checkpoint) -> list[Checkpoint]:
-    """Follows --initial-checkpoint back: where each run that led to the checkpoint ended, the first first."""
+    """Follows --initial-checkpoint back: the last checkpoint of each run that led to this one, in order of time."""
     stages = [checkpoint]
     while (start := stages[0].args['initial_checkpoint']) and Path(start).is_file():
         stage = load_checkpoint(Path(start))
-        if stage.path in [known.path for known in stages]:  # written over by the run that started from it
+        if stage.path in [known.path for known in stages]:  # overwritten by the run that started from it
             break
         stages.insert(0, stage)
     return stages

@@ -1,4 +1,4 @@
-"""From what timm's train.py leaves behind to a checkpoint folder that timm and the Hugging Face Hub read."""
+"""Makes a checkpoint folder from a run of timm's train.py; timm and the Hugging Face Hub can read it."""
 import csv
 import datetime
 import importlib.metadata
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,13 +20,13 @@ import yaml
 from timm.data import create_dataset, resolve_data_config
 from timm.models import save_for_hf
 
-from . import checkpoints
+from .folder import ARGS, CARD, CONFIG, CURVES, PICTURE, RESULTS, WEIGHTS, sha256
 from .model_card import model_card
 from .train_run import Checkpoint, find_checkpoint, layers_of, load_checkpoint, stages_of
 
-__all__ = ['export']
+__all__ = ['export', 'hardware']
 
-# Options of train.py that say where things are on one machine, and how many of them are kept there.
+# Options of train.py about paths on one machine, and how many checkpoints are kept there.
 _PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume', 'checkpoint_hist')
 # Half precision must not cost more of the top-1 accuracy than this, in points.
 _TOLERANCE = 0.05
@@ -45,19 +46,19 @@ def export(
 ) -> dict[str, Any]:
     """Makes a checkpoint folder.
 
-    The folder is written aside and takes its name when it is whole. Filters and matrices are stored in half precision,
-    the rest as it is.
+    The folder is written aside and renamed when it is complete. Filters and matrices are stored in half precision. All
+    other tensors keep their precision.
 
     Args:
-        source: Folder that timm's train.py wrote, of which the best checkpoint is taken, or a checkpoint file.
+        source: Output folder of timm's train.py, of which the best checkpoint is taken, or a checkpoint file.
         out: Folder to make, named `<architecture>.<tag>`.
         dataset: Name of the data set that the network was trained on, for people to read.
         license: Licence of the weights, by its SPDX identifier in lower case.
-        ema: Take the averaged weights (True) or the last ones (False). None takes those that validate better.
+        ema: Take the averaged weights (True) or the last ones (False). None takes what validates better.
         labels: File of a header and one line a class, in the order of the classifier: name, a tab, a description.
-        img_size: Height and width, pixels, of the images that the network is to be used on; None: as in training.
-        data_dir: The images that the network was trained on, to count them and to validate on.
-        validate_py: timm's validate.py, to measure with.
+        img_size: Height and width in pixels of the images to use the network on. None takes the size of the training.
+        data_dir: The data set of the training. Its images are counted and validated on.
+        validate_py: timm's validate.py, which measures the accuracy.
 
     Returns:
         What results.json holds: accuracies, training, versions, hardware, size and sha256 of the weights.
@@ -85,9 +86,9 @@ def export(
         if validate_py and data_dir:
             _check_half(full[ema], half := _validate(checkpoint, folder, data_dir, validate_py))
             results = {**results, 'metrics': half, 'metrics_in_full_precision': full[ema]}
-        _write_json(folder / checkpoints.RESULTS, results)
+        (folder / RESULTS).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
         _write_effective_lr(checkpoint, folder)
-        (folder / checkpoints.CARD).write_text(model_card(folder), encoding='utf-8')
+        (folder / CARD).write_text(model_card(folder), encoding='utf-8')
         folder.rename(out)
     return results
 
@@ -109,7 +110,7 @@ def _check_choice(checkpoint: Checkpoint, ema: bool | None, data_dir: Path | Non
     if checkpoint.has_ema and ema is None and not validate_py:
         raise ValueError(
             f'{checkpoint.path} holds averaged weights too: choose with ema=True (--ema) or ema=False (--no-ema), or '
-            f'give validate_py and data_dir (--validate, --data-dir) to take those that validate better.'
+            f'give validate_py and data_dir (--validate, --data-dir) to take what validates better.'
         )
 
 
@@ -121,7 +122,7 @@ def _write_config(
         labels: Path | None,
         img_size: int | None,
 ) -> None:
-    """Writes what timm needs to build the network and to prepare images, and the options of the training."""
+    """Writes config.json and args.yaml."""
     args = checkpoint.args
     model: Any = timm.create_model(
         args['model'], num_classes=args['num_classes'], in_chans=args['in_chans'], global_pool=args['gp'],
@@ -136,10 +137,10 @@ def _write_config(
     config = {'label_names': list(names), 'label_descriptions': names} if (names := _labels(labels)) else {}
     if names and len(names) != model.num_classes:
         raise ValueError(f'{labels} names {len(names)} classes, the network has {model.num_classes}.')
-    save_for_hf(
+    save_for_hf(  # with weights, which _write_weights replaces
         model, str(folder), model_config=config, model_args=args['model_kwargs'] or None, safe_serialization=True)
     settings = {key: value for key, value in args.items() if key not in _PLACES}
-    (folder / checkpoints.ARGS).write_text(yaml.safe_dump(settings), encoding='utf-8')
+    (folder / ARGS).write_text(yaml.safe_dump(settings), encoding='utf-8')
 
 
 def _labels(path: Path | None) -> dict[str, str]:
@@ -148,7 +149,7 @@ def _labels(path: Path | None) -> dict[str, str]:
 
 
 def _write_weights(checkpoint: Checkpoint, folder: Path, ema: bool) -> None:
-    # Norms, biases and running statistics stay: they are small, and a variance may be too large for half precision.
+    # Norms, biases and running statistics stay in full precision: a variance may be too large for half precision.
     weights = {
         name: (weight.half() if weight.ndim >= 2 and weight.is_floating_point() else weight).contiguous()
         for name, weight in checkpoint.weights(ema).items()
@@ -156,9 +157,9 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, ema: bool) -> None:
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise ValueError(f'{name} of {checkpoint.path} is not finite in half precision: it cannot be exported.')
-    path = folder / checkpoints.WEIGHTS
+    path = folder / WEIGHTS
     safetensors.torch.save_file(weights, path, metadata={'format': 'pt'})
-    path.chmod((folder / checkpoints.CONFIG).stat().st_mode)  # safetensors lets nobody else read its files
+    path.chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read its files
 
 
 def _validate(
@@ -168,7 +169,7 @@ def _validate(
         validate_py: Path,
         ema: bool | None = None,
 ) -> dict[str, Any]:
-    """Runs timm's validate.py on the folder, or with ema given on the checkpoint that it is made of."""
+    """Runs timm's validate.py on the folder, or on the checkpoint if `ema` is given."""
     args = checkpoint.args
     weights = ['--pretrained'] if ema is None else ['--checkpoint', str(checkpoint.path)]
     command = [
@@ -179,7 +180,7 @@ def _validate(
     ]
     with tempfile.TemporaryDirectory() as aside:
         path = Path(aside, 'results.json')
-        # In a session of its own Ctrl-C does not reach it, to end in a traceback: it is killed from here.
+        # In a session of its own it gets no Ctrl-C, which would print a traceback. subprocess.run kills it instead.
         subprocess.run(
             [*command, '--results-file', str(path), '--results-format', 'json'],
             check=True, cwd=aside, start_new_session=True)
@@ -204,14 +205,14 @@ def _results(
         ema: bool,
         data_dir: Path | None,
 ) -> dict[str, Any]:
-    weights = folder / checkpoints.WEIGHTS
+    weights = folder / WEIGHTS
     args = checkpoint.args
     return {
         'name': folder.name,
         'dataset': dataset,
         'weights': {
             'bytes': weights.stat().st_size,
-            'sha256': checkpoints.sha256(weights),
+            'sha256': sha256(weights),
             'parameters': sum(weight.numel() for name, weight in checkpoint.weights(ema).items()
                               if not name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))),
             'ema': ema,
@@ -220,20 +221,27 @@ def _results(
         'training': [_stage(args, stage, data_dir) for stage in stages_of(checkpoint)],
         'seed': args['seed'],
         'versions': {name: importlib.metadata.version(name) for name in ('timm_aws', 'timm', 'torch')},
-        'hardware': _hardware(args['device']),
+        'hardware': hardware(args['device']),
         'date': datetime.date.today().isoformat(),
     }
 
 
-def _hardware(device: str) -> str:
-    """Names what a run was made on, taking it that it is exported on the same machine."""
+def hardware(device: str) -> str:
+    """Names a GPU of this machine, or its CPU: cores, architecture, model, and the vector instructions torch uses.
+
+    Args:
+        device: A device of torch, such as 'cpu' or 'cuda:0'.
+    """
     if device.startswith('cuda'):
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else 'a GPU of another machine'
-    return f'{os.cpu_count()} cores, {platform.machine()} CPU'
+        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else 'a GPU of another machine'
+    cpuinfo = Path('/proc/cpuinfo')  # exists on Linux only, and names no model on ARM
+    model = re.search(r'^model name\s*: (.+)$', cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return (f'{os.cpu_count()} cores, {platform.machine()} {model[1] if model else "CPU"}, '
+            f'{torch.backends.cpu.get_cpu_capability()}')
 
 
 def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> dict[str, Any]:
-    """Tells how one run is started again, given the args.yaml of the last one, and what it took."""
+    """Returns the command that repeats one run with the args.yaml of the last run, its epochs, hours and images."""
     args = stage.args
     other = {key: value for key, value in args.items() if key not in _PLACES and value != final[key]}
     if args['initial_checkpoint']:
@@ -244,18 +252,18 @@ def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> d
         words += [f"--{key.replace('_', '-')}", *map(str, values)]
     if args is not final and stage.epochs < args['epochs']:
         words.append(f' # the next run starts from epoch {stage.epochs} of {args["epochs"]}')
-    told: dict[str, Any] = {'command': ' '.join(words), 'epochs': stage.epochs}
+    stage_results: dict[str, Any] = {'command': ' '.join(words), 'epochs': stage.epochs}
     if (stage.run / 'args.yaml').is_file():
-        # From the start of the run, or its last --resume, to the moment the checkpoint was written.
+        # From the start of the run, or its last --resume, until the checkpoint was written.
         seconds = stage.path.stat().st_mtime - (stage.run / 'args.yaml').stat().st_mtime
-        told['hours'] = round(seconds / 3600, 2)
+        stage_results['hours'] = round(seconds / 3600, 2)
     if data_dir:
-        told['images'] = stage.epochs * len(create_dataset('', root=str(data_dir), split=args['train_split']))
-    return told
+        stage_results['images'] = stage.epochs * len(create_dataset('', root=str(data_dir), split=args['train_split']))
+    return stage_results
 
 
 def _write_effective_lr(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the effective learning rate after each epoch whose checkpoint is still there, and draws it."""
+    """Writes the effective learning rate after each epoch of which a checkpoint exists, and draws it."""
     rows = []
     before = 0
     for stage in stages_of(checkpoint):
@@ -266,13 +274,9 @@ def _write_effective_lr(checkpoint: Checkpoint, folder: Path) -> None:
         before += stage.epochs
     if not rows:
         return
-    from .plot import plot_effective_lr  # needs matplotlib
+    from ..plot import plot_effective_lr  # needs matplotlib
 
-    with (folder / checkpoints.CURVES).open('w', newline='') as file:
-        # By epoch; the layers of one epoch stay in the network's order.
+    with (folder / CURVES).open('w', newline='') as file:
+        # Sorted by epoch; the layers of one epoch stay in the network's order.
         csv.writer(file).writerows([('epoch', 'layer', 'lr', 'length'), *sorted(rows, key=lambda row: row[0])])
-    plot_effective_lr(folder / checkpoints.CURVES, folder / checkpoints.PICTURE)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+    plot_effective_lr(folder / CURVES, folder / PICTURE)

@@ -1,5 +1,6 @@
-"""The project's own checkpoints: what timm knows of them, and what it does where the weights are not at hand."""
+"""The project's own checkpoints: their names in timm, their weights, and what happens without weights."""
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -9,15 +10,18 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from checkpoint_files import fit_results
+from safetensors.torch import load_file, save_file
 from timm.models import get_pretrained_cfg, load_state_dict
 
 import timm_aws
-from timm_aws import checkpoints
-from timm_aws.hub import publish
+from timm_aws.checkpoint.folder import NAMESPACE_VARIABLE, check_folder, pretrained_cfg
+from timm_aws.checkpoint.model_card import model_card
+from timm_aws.checkpoint.publish import publish
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = ROOT / 'weights' / 'ws_resnet50.aws_tin200'
+WITHOUT_WEIGHTS = ROOT / 'weights' / 'ws_resnet18.aws_tin200'
 NAMES = ('ws_resnet50_aws', 'ws_resnet50.aws_tin200')
 
 
@@ -35,7 +39,7 @@ def test_both_names_load_the_weights_of_the_folder(name):
 
 
 def test_bundled_folder_is_whole():
-    checkpoints.check_folder(BUNDLED)
+    check_folder(BUNDLED)
 
 
 def test_it_has_two_hundred_classes_with_names_and_takes_64_pixels(model):
@@ -79,11 +83,61 @@ def test_checkpoint_path_and_overlay(model, tmp_path):
 
 
 def test_list_of_pretrained_models_tells_the_truth():
-    assert timm.list_pretrained('*_aws*') == ['ws_resnet50_aws']
+    assert timm.list_pretrained('*aws*') == ['ws_resnet50.aws_tin200', 'ws_resnet50_aws']
     assert timm.list_pretrained('ws_resnet50*') == ['ws_resnet50.aws_tin200', 'ws_resnet50_aws']
     assert timm.list_models('*_aws') == ['ws_resnet18_aws', 'ws_resnet50_aws']
-    for name in timm.list_models(module='ws_resnet', pretrained=True):
+    for name in timm.list_models(timm_aws.list_models(), pretrained=True):
         assert Path(get_pretrained_cfg(name).file).is_file()
+
+
+@pytest.mark.parametrize('folder', sorted((ROOT / 'weights').iterdir()), ids=lambda folder: folder.name)
+def test_timm_knows_every_folder_and_its_card_is_up_to_date(folder):
+    assert folder.name in timm.list_models(timm_aws.list_models(), include_tags=True)
+    assert model_card(folder) == (folder / 'README.md').read_text()
+
+
+ADD_FOLDERS = '''
+import json, timm, timm_aws
+from timm_aws import ws_resnet
+loaded = {name: timm.create_model(name, pretrained=True).fc.bias[0].item() for name in timm.list_pretrained('*aws*')}
+print(json.dumps({
+    'ours': timm_aws.list_models(),
+    'of ws_resnet34': timm.list_models('ws_resnet34*', include_tags=True),
+    'pretrained': timm.list_models(timm_aws.list_models(), pretrained=True),
+    'loaded': loaded,
+    'default': timm.models.get_pretrained_cfg('ws_resnet34').tag,
+    'entry point': ws_resnet.ws_resnet34_aws().pretrained_cfg['tag'],
+}))
+'''
+
+
+def _add_folder(folder, bias):
+    """Makes a checkpoint folder of a ws_resnet34; without weights if the bias of its classifier is None."""
+    shutil.copytree(WITHOUT_WEIGHTS, folder)
+    config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg']['tag'] = folder.name.partition('.')[2]
+    (folder / 'config.json').write_text(json.dumps({**config, 'architecture': 'ws_resnet34'}))
+    if bias is not None:
+        model = timm.create_model('ws_resnet34', num_classes=200)
+        torch.nn.init.constant_(model.fc.bias, bias)
+        save_file(model.state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'})
+        fit_results(folder)
+
+
+def test_adding_a_folder_adds_its_names(tmp_path):
+    """As a checkout whose weights/ holds other folders: without weights, with weights, not trained with AWS."""
+    (tmp_path / 'timm_aws').symlink_to(ROOT / 'timm_aws')
+    for tag, bias in (('aws_a', None), ('aws_b', 1.0), ('aws_c', 2.0), ('decay', 3.0)):
+        _add_folder(tmp_path / 'weights' / f'ws_resnet34.{tag}', bias)
+    output = subprocess.run([sys.executable, '-c', ADD_FOLDERS], capture_output=True, text=True, check=True,
+                            cwd=tmp_path, env={'PYTHONPATH': str(tmp_path), 'HF_HUB_OFFLINE': '1'}).stdout
+    found = json.loads(output)
+    assert [name for name in found['ours'] if name.endswith('_aws')] == ['ws_resnet34_aws']
+    assert found['of ws_resnet34'] == [*(f'ws_resnet34.{tag}' for tag in (
+        'aws_a', 'aws_b', 'aws_c', 'decay', 'untrained')), 'ws_resnet34_aws']
+    assert found['pretrained'] == ['ws_resnet34.aws_b', 'ws_resnet34.aws_c', 'ws_resnet34.decay', 'ws_resnet34_aws']
+    assert found['loaded'] == {'ws_resnet34.aws_b': 1.0, 'ws_resnet34.aws_c': 2.0, 'ws_resnet34_aws': 1.0}
+    assert (found['default'], found['entry point']) == ('untrained', 'aws_b')
 
 
 @pytest.mark.parametrize('name, advice', [
@@ -100,38 +154,30 @@ def test_without_weights_timm_says_so_and_we_say_how_to_get_them(name, advice):
 
 
 def test_checkpoint_without_weights_loads_from_the_namespace_that_is_set(hub, monkeypatch, tmp_path):
-    name = 'ws_resnet18.aws_tin200'
-    assert 'hf_hub_id' not in checkpoints.pretrained_cfg(name)
-    monkeypatch.setenv(checkpoints.NAMESPACE_VARIABLE, 'alice')
-    cfg = checkpoints.pretrained_cfg(name)
+    name = WITHOUT_WEIGHTS.name
+    assert 'hf_hub_id' not in pretrained_cfg(WITHOUT_WEIGHTS)
+    monkeypatch.setenv(NAMESPACE_VARIABLE, 'alice')
+    cfg = pretrained_cfg(WITHOUT_WEIGHTS)
     assert cfg['hf_hub_id'] == f'alice/{name}'
-    assert 'hf_hub_id' not in checkpoints.pretrained_cfg('ws_resnet50.aws_tin200'), 'the bundled file is nearer'
+    assert 'hf_hub_id' not in pretrained_cfg(BUNDLED), 'the bundled file is nearer'
     torch.manual_seed(0)
     source = timm.create_model('ws_resnet18', num_classes=200)
-    folder = shutil.copytree(ROOT / 'weights' / name, tmp_path / name)
-    _put_weights(folder, source)
+    folder = shutil.copytree(WITHOUT_WEIGHTS, tmp_path / name)
+    save_file(source.state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'})
+    fit_results(folder)
     publish(folder, f'alice/{name}')
     loaded = timm.create_model('ws_resnet18', pretrained=True, pretrained_cfg={**cfg, 'architecture': 'ws_resnet18'})
     assert torch.equal(loaded.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
 
 
-def _put_weights(folder, model):
-    from safetensors.torch import save_file
-
-    save_file(model.state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'})
-    results = json.loads((folder / 'results.json').read_text())
-    path = folder / 'model.safetensors'
-    results['weights'].update(bytes=path.stat().st_size, sha256=checkpoints.sha256(path))
-    (folder / 'results.json').write_text(json.dumps(results))
-
-
 def test_names_follow_the_namespace_at_import(hub):
-    code = ('import timm, timm_aws; print(timm.list_pretrained("*_aws*"), '
+    code = ('import timm, timm_aws; print(timm.list_pretrained("*aws*"), '
             'timm.models.get_pretrained_cfg("ws_resnet18_aws").hf_hub_id)')
     environment = {'TIMM_AWS_HUB_NAMESPACE': 'lab', 'PATH': '/usr/bin'}
     output = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT,
                             env=environment).stdout
-    assert output == "['ws_resnet18_aws', 'ws_resnet50_aws'] lab/ws_resnet18.aws_tin200\n"
+    names = [f'{name}{end}' for name in ('ws_resnet18', 'ws_resnet50') for end in ('.aws_tin200', '_aws')]
+    assert output == f'{names} lab/ws_resnet18.aws_tin200\n'
 
 
 def test_damaged_weights_are_not_loaded(tmp_path, monkeypatch):
@@ -167,5 +213,15 @@ def test_wheel_brings_the_weights_and_loads_them_offline(tmp_path):
     assert path.read_bytes() == (BUNDLED / 'model.safetensors').read_bytes()
 
 
-def test_public_name_of_the_entry_point():
-    assert timm_aws.ws_resnet.ws_resnet50_aws().pretrained_cfg['tag'] == 'aws_tin200'
+def test_entry_points_are_public_and_can_be_pickled():
+    entry_point = timm_aws.ws_resnet.ws_resnet50_aws
+    assert timm.models.model_entrypoint('ws_resnet50_aws') is entry_point
+    assert pickle.loads(pickle.dumps(entry_point)) is entry_point
+    assert 'ws_resnet50_aws' in timm_aws.ws_resnet.__all__
+    assert entry_point().pretrained_cfg['tag'] == 'aws_tin200'
+    assert '`ws_resnet50.aws_tin200`' in entry_point.__doc__
+    assert timm.is_model('ws_resnet50_aws') and timm.is_model('ws_resnet18_aws')
+
+
+def test_list_models_holds_what_timm_registered_for_the_module():
+    assert timm_aws.list_models() == sorted(timm.list_models(module='ws_resnet'))

@@ -1,5 +1,4 @@
-"""The card of a checkpoint folder, its README.md: what a reader on the Hugging Face Hub needs to use and judge it."""
-import json
+"""The card of a checkpoint folder, its README.md: how to use the network, and what it was trained and measured on."""
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -7,7 +6,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from . import checkpoints
+from .folder import ARGS, CONFIG, PICTURE, RESULTS, read_json
 
 __all__ = ['model_card']
 
@@ -20,7 +19,7 @@ _CITATION = """\
   doi       = {10.1609/aaai.v34i04.5904}
 }"""
 
-# How the example prints a class, without and with names in the config.
+# How the example prints a class: without and with names in the config.
 _PRINT = (
     "print(f'{probabilities[index]:.1%}', index)",
     "label = model.pretrained_cfg['label_names'][index]\n"
@@ -35,11 +34,10 @@ def model_card(folder: Path) -> str:
         folder: A checkpoint folder.
 
     Returns:
-        Markdown with the Hub's metadata in front, a model-index among it where the accuracy was measured.
+        Markdown with the Hub's metadata in front. A model-index is part of it if the accuracy was measured.
     """
-    config = json.loads((folder / checkpoints.CONFIG).read_text(encoding='utf-8'))
-    results = json.loads((folder / checkpoints.RESULTS).read_text(encoding='utf-8'))
-    args = yaml.safe_load((folder / checkpoints.ARGS).read_text(encoding='utf-8'))
+    config, results = read_json(folder / CONFIG), read_json(folder / RESULTS)
+    args = yaml.safe_load((folder / ARGS).read_text(encoding='utf-8'))
     sections = [
         _introduction(config, results),
         _usage(config, results),
@@ -72,19 +70,18 @@ def _metadata(config: dict[str, Any], results: dict[str, Any]) -> ModelCardData:
 
 def _introduction(config: dict[str, Any], results: dict[str, Any]) -> str:
     height, width = config['pretrained_cfg']['input_size'][1:]
-    return (
-        f'# {results["name"]}\n\n'
-        f'`{config["architecture"]}` of [timm](https://github.com/huggingface/pytorch-image-models) with the plugin '
+    text = _filled(
+        f'`{config["architecture"]}` of the [timm](https://github.com/huggingface/pytorch-image-models) plugin '
         f'timm_aws, trained from scratch on {results["dataset"]}: {config["num_classes"]} classes, images of '
-        f'{height} × {width} pixels, {results["weights"]["parameters"] / 1e6:.1f} million parameters.\n'
-    )
+        f'{height} × {width} pixels, {results["weights"]["parameters"] / 1e6:.1f} million parameters.')
+    return f'# {results["name"]}\n\n{text}\n'
 
 
 def _usage(config: dict[str, Any], results: dict[str, Any]) -> str:
     return f'''## Use
 
-The network is defined in the plugin, not in timm. The snippet that the Hub shows for timm models imports timm alone and
-so ends in `Unknown model ({config["architecture"]})`: import `timm_aws` first.
+The plugin defines the network. The Hub's own snippet imports timm alone and fails with
+`Unknown model ({config["architecture"]})`: import `timm_aws` first.
 
 ```bash
 pip install ./timm_aws    # the folder of a clone
@@ -94,7 +91,7 @@ pip install ./timm_aws    # the folder of a clone
 import timm
 import timm_aws  # registers {config["architecture"]} with timm
 
-# OWNER as in this page's address; or 'local-dir:' and the path of a folder with these files.
+# OWNER stands in the address of this page. 'local-dir:PATH' loads a folder with these files.
 name = 'hf-hub:OWNER/{results["name"]}'
 model = timm.create_model(name, pretrained=True).eval()
 ```
@@ -113,7 +110,7 @@ for index in probabilities.topk(5).indices.tolist():
     {_PRINT[bool(config.get("label_names"))]}
 ```
 
-Feature maps of every stage, and one embedding an image:
+Compute feature maps of every stage, and one embedding per image:
 
 ```python
 stages = timm.create_model(name, pretrained=True, features_only=True).eval()
@@ -124,7 +121,7 @@ embedding = encoder(transform(image).unsqueeze(0))  # (1, {config["num_features"
 ```
 
 `timm.utils.reparameterize_model(model)` folds the weight normalization, and the batch norms with it, into plain
-convolutions: same outputs, the speed of the ordinary network.
+convolutions. The outputs stay the same, and the network is as fast as the ordinary one.
 '''
 
 
@@ -134,14 +131,14 @@ def _results(results: dict[str, Any]) -> str:
     metrics, full = results['metrics'], results['metrics_in_full_precision']
     return f'''## Results
 
-On the {metrics["images"]:,} validation images of {results["dataset"]}, by {metrics["by"]} with these files:
+On the {metrics["images"]:,} validation images of {results["dataset"]}, measured on these files by {metrics["by"]}:
 
 | top-1 | top-5 | image size | crop | interpolation |
 |---|---|---|---|---|
 | {metrics["top1"]:.2f} % | {metrics["top5"]:.2f} % | {metrics["img_size"]} px | {metrics["crop_pct"]} | \
 {metrics["interpolation"]} |
 
-The filters are stored in half precision; in full precision the network has {full["top1"]:.2f} % top-1.
+The filters are stored in half precision. In full precision top-1 is {full["top1"]:.2f} %.
 '''
 
 
@@ -150,16 +147,17 @@ def _training(args: dict[str, Any], results: dict[str, Any], folder: Path) -> st
     total = {key: sum(stage.get(key, 0) for stage in stages) for key in ('hours', 'images')}
     options = ', '.join(f'{key} {value}' for key, value in (args['opt_kwargs'] or {}).items())
     seen = f', {total["images"] / 1e6:.1f} million images seen' if total['images'] else ''
-    picture = '' if not (folder / checkpoints.PICTURE).is_file() else '''
+    picture = '' if not (folder / PICTURE).is_file() else '''
 ![Effective learning rate of each layer](effective_lr.png)
 
-Learning rate over filter length after each epoch ([data](effective_lr.csv)), the median of each layer's filters.
+Learning rate divided by filter length after each epoch, the median over each layer's filters
+([data](effective_lr.csv)).
 '''
     text = _filled(
         f'`{args["opt"]}`{f" ({options})" if options else ""}, momentum {args["momentum"]}, batch size '
         f'{args["batch_size"]}, {sum(stage["epochs"] for stage in stages)} epochs{seen}, {total["hours"]:.1f} hours on '
-        f'{results["hardware"]}, seed {results["seed"]}. {_weights_taken(results)} Every option is in '
-        f"[args.yaml](args.yaml), to be used with timm's unmodified train.py:")
+        f'{results["hardware"]}, seed {results["seed"]}. {_weights_taken(results)} [args.yaml](args.yaml) holds every '
+        f"option of timm's unmodified train.py:")
     return f'''## Training
 
 {text}
@@ -180,10 +178,10 @@ def _weights_taken(results: dict[str, Any]) -> str:
 def _limits(config: dict[str, Any], results: dict[str, Any]) -> str:
     height, width = config['pretrained_cfg']['input_size'][1:]
     text = (
-        f'The network has seen {results["dataset"]} and nothing else: it knows {config["num_classes"]} classes, calls '
-        f'everything by one of their names, and expects small photographs ({height} × {width} pixels). This is no '
-        f"ImageNet-1k model and its accuracy cannot be compared with one's. The terms of the images it was trained on "
-        f'apply beside the licence of the weights.')
+        f'The network was trained on {results["dataset"]} only. It knows {config["num_classes"]} classes, assigns one '
+        f'of them to every image, and expects photographs of {height} × {width} pixels. This is no ImageNet-1k model: '
+        f'its accuracy cannot be compared with ImageNet-1k accuracies. The terms of the training images apply beside '
+        f'the licence of the weights.')
     return f'## Limits\n\n{_filled(text)}\n'
 
 

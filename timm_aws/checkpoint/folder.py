@@ -1,8 +1,8 @@
-"""Checkpoint folders, `<architecture>.<tag>`: what they hold, how timm finds them, and whether they are whole.
+"""Checkpoint folders, `<architecture>.<tag>`: what they hold, what timm learns from them, and checks of their files.
 
-A folder is byte for byte what its repository on the Hugging Face Hub holds, so `local-dir:` and `hf-hub:` names work as
-for any timm model. Those of this project stand in `weights/` and travel in the wheel; only one of them brings its
-weights along, the others come from the Hub as soon as they are published there.
+A folder equals its repository on the Hugging Face Hub byte for byte, so `local-dir:` and `hf-hub:` names work as for
+any timm model. The project's own folders are in `weights/` and in the wheel. A folder may come without its weights:
+they are then loaded from the Hub, if it is known where.
 """
 import hashlib
 import json
@@ -25,34 +25,49 @@ __all__ = [
     'check_source',
     'check_weights',
     'git_blob_id',
+    'own_cfgs',
     'pretrained_cfg',
+    'read_json',
     'sha256',
 ]
 
 WEIGHTS = 'model.safetensors'
-CONFIG = 'config.json'  # as timm reads it
+CONFIG = 'config.json'  # read by timm
 ARGS = 'args.yaml'  # every option of train.py
-RESULTS = 'results.json'  # accuracies, how they came about, size and sha256 of the weights
+RESULTS = 'results.json'  # accuracies and how they were measured, size and sha256 of the weights
 CARD = 'README.md'
-CURVES = 'effective_lr.csv'  # this and its picture only where the run left more than its last checkpoint
+CURVES = 'effective_lr.csv'  # this and its picture exist only if the run kept more than its last checkpoint
 PICTURE = 'effective_lr.png'
 
 NAMESPACE_VARIABLE = 'TIMM_AWS_HUB_NAMESPACE'
 
 
-def pretrained_cfg(name: str) -> dict[str, Any]:
-    """Describes one of the project's checkpoints to timm.
-
-    Args:
-        name: Folder, `<architecture>.<tag>`.
+def own_cfgs() -> dict[str, dict[str, Any]]:
+    """Describes the project's own checkpoints to timm.
 
     Returns:
-        What timm.models.generate_default_cfgs takes. The source is the folder's own weights file. Without one it is the
-        repository of the same name of the owner that the environment variable TIMM_AWS_HUB_NAMESPACE gives, else the
-        one that config.json names as its hf_hub_id.
+        {name of the folder: what timm.models.generate_default_cfgs takes}. Checkpoints with a source of weights come
+        first, then the others, each sorted by name.
     """
-    folder = _folder(name)
-    config = _read_json(folder / CONFIG)
+    cfgs = {path.parent.name: pretrained_cfg(path.parent) for path in sorted(_own_folders().glob(f'*/{CONFIG}'))}
+    return dict(sorted(cfgs.items(), key=lambda item: not {'file', 'hf_hub_id'} & item[1].keys()))
+
+
+def pretrained_cfg(folder: Path) -> dict[str, Any]:
+    """Describes a checkpoint to timm.
+
+    Args:
+        folder: Checkpoint folder, `<architecture>.<tag>`, with or without its weights.
+
+    Returns:
+        What timm.models.generate_default_cfgs takes. The source is the folder's own weights file. Without this file it
+        is the repository of the same name whose owner the environment variable TIMM_AWS_HUB_NAMESPACE gives, else the
+        hf_hub_id in config.json, else there is none.
+
+    Raises:
+        ValueError: If config.json is not valid.
+    """
+    config = _read_config(folder)
     cfg = {
         **config['pretrained_cfg'],
         **{key: config[key] for key in ('num_classes', 'label_names', 'label_descriptions') if key in config},
@@ -61,18 +76,18 @@ def pretrained_cfg(name: str) -> dict[str, Any]:
     if (folder / WEIGHTS).is_file():
         return {**cfg, 'file': str(folder / WEIGHTS)}
     namespace = os.environ.get(NAMESPACE_VARIABLE)
-    return {**cfg, 'hf_hub_id': f'{namespace}/{name}'} if namespace else cfg
+    return {**cfg, 'hf_hub_id': f'{namespace}/{folder.name}'} if namespace else cfg
 
 
 def check_source(cfg: PretrainedCfg) -> None:
-    """Sees to it that pretrained weights can be had and, where they lie in a checkpoint folder, that they are whole.
+    """Checks that timm can load pretrained weights and that those of a checkpoint folder are not damaged.
 
     Args:
         cfg: What timm is about to load.
 
     Raises:
         RuntimeError: If there are no weights; says how to get some.
-        ValueError: If the file in the folder is not the one that the folder's results.json speaks of.
+        ValueError: If the weights in the folder are not the file that its results.json describes.
     """
     if not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(
@@ -87,24 +102,24 @@ def check_source(cfg: PretrainedCfg) -> None:
 
 
 def _how_to_get_weights(cfg: PretrainedCfg) -> str:
-    name = f'{cfg.architecture}.{cfg.tag}'
-    if not (_folder(name) / CONFIG).is_file():
+    folder = _own_folders() / f'{cfg.architecture}.{cfg.tag}'
+    if not (folder / CONFIG).is_file():
         return "timm.list_pretrained('*_aws*') names the networks that have weights."
     return (
-        f'{name} has been trained, but its weights do not come with the package: set {NAMESPACE_VARIABLE} to the user '
-        f'or organization that published it on the Hub, or train it again as its card says ({_folder(name) / CARD}).'
+        f'{folder.name} has been trained, but its weights do not come with the package: set {NAMESPACE_VARIABLE} to '
+        f'the user or organization that published it on the Hub, or train it again as its card says ({folder / CARD}).'
     )
 
 
 def check_folder(folder: Path) -> None:
-    """Sees to it that a folder holds what a checkpoint folder must hold, and nothing else.
+    """Checks that a checkpoint folder holds all of its files and no others.
 
     Args:
         folder: A checkpoint folder with its weights.
 
     Raises:
-        ValueError: If a file is missing, damaged, or none of those that belong there, a pickle for instance; if
-            config.json does not describe such a checkpoint, or names another place to take weights from.
+        ValueError: If a file is missing, damaged or foreign, a pickle for instance; if config.json does not describe a
+            checkpoint, or names another source of weights.
     """
     if not folder.is_dir():
         raise ValueError(f'{folder} is not a folder.')
@@ -116,20 +131,21 @@ def check_folder(folder: Path) -> None:
     for name in sorted(names):
         if (folder / name).is_symlink() or not (folder / name).is_file():
             raise ValueError(f'{folder / name} is not a plain file.')
-    _check_config(folder / CONFIG)
+    _read_config(folder)
     check_weights(folder)
 
 
-def _check_config(path: Path) -> None:
-    config = _read_json(path)
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    config = read_json(path)
     cfg = config.get('pretrained_cfg')
     if not (isinstance(config.get('architecture'), str) and isinstance(config.get('num_classes'), int)
             and isinstance(cfg, dict) and isinstance(config.get('model_args') or {}, dict)):
         raise ValueError(f'{path} must name architecture, num_classes and pretrained_cfg, and model_args as an object.')
     for part in (cfg, config.get('model_args') or {}):
-        told = part.get('num_classes', config['num_classes'])
-        if told != config['num_classes']:  # timm would leave the classifier at its random initialization
-            raise ValueError(f'{path} disagrees with itself on num_classes: {config["num_classes"]} and {told!r}.')
+        other = part.get('num_classes', config['num_classes'])
+        if other != config['num_classes']:  # timm would leave the classifier at its random initialization
+            raise ValueError(f'{path} disagrees with itself on num_classes: {config["num_classes"]} and {other!r}.')
     if elsewhere := {'url', 'file', 'state_dict', 'hf_hub_filename', 'source'} & set(cfg):
         raise ValueError(f'{path} names another source of weights by {", ".join(sorted(elsewhere))}: remove that.')
     size = cfg.get('input_size')
@@ -138,9 +154,15 @@ def _check_config(path: Path) -> None:
     names = config.get('label_names', [])
     if names and not (isinstance(names, list) and len(names) == config['num_classes']):
         raise ValueError(f'{path} must name {config["num_classes"]} labels, or none.')
+    return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+        ValueError: If the file is not JSON, or holds something else than an object.
+    """
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:
@@ -159,7 +181,7 @@ def check_weights(folder: Path) -> None:
     Raises:
         ValueError: If they differ, or if results.json cannot be read.
     """
-    expected = _read_json(folder / RESULTS).get('weights')
+    expected = read_json(folder / RESULTS).get('weights')
     if not isinstance(expected, dict) or not {'bytes', 'sha256'} <= set(expected):
         raise ValueError(f'{folder / RESULTS} does not tell size and sha256 of the weights.')
     path = folder / WEIGHTS
@@ -181,13 +203,13 @@ def sha256(path: Path) -> str:
 
 
 def git_blob_id(path: Path) -> str:
-    """Returns the name that git gives to a file's content, 40 hexadecimal digits."""
+    """Returns git's object name of a file's content, 40 hexadecimal digits."""
     content = path.read_bytes()
     return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
 
 
-def _folder(name: str) -> Path:
-    """Returns a checkpoint's folder: inside the package when it was installed, beside it in a checkout."""
-    package = Path(__file__).parent
-    root = package / 'weights' if (package / 'weights').is_dir() else package.parent / 'weights'
-    return root / name
+def _own_folders() -> Path:
+    """Returns `weights/`: inside the package once it is installed, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / 'weights'
+    return installed if installed.is_dir() else package.parent / 'weights'

@@ -10,35 +10,16 @@ import signal
 import pytest
 import timm
 import torch
+from checkpoint_files import REPO, contents, logits
 from huggingface_hub import ModelCard
 
-from timm_aws.hub import publish
+from timm_aws.checkpoint.publish import publish
 from timm_aws_cli import main
-
-REPO = 'alice/test_ws_resnet.aws_noise'
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def published(hub, branch='main', repo_id=REPO):
-    return {name: content for name, content in hub.files(repo_id, branch).items() if name != '.gitattributes'}
-
-
-def logits(name, **kwargs):
-    with torch.inference_mode():
-        return timm.create_model(name, pretrained=True, **kwargs).eval()(torch.ones(1, 3, 48, 48))
-
-
-@pytest.fixture
-def copied(checkpoint_folder, tmp_path):
-    return shutil.copytree(checkpoint_folder, tmp_path / checkpoint_folder.name)
 
 
 def test_repository_holds_the_folder_byte_for_byte_in_one_commit(hub, checkpoint_folder):
     done = publish(checkpoint_folder, REPO)
-    assert published(hub) == contents(checkpoint_folder)
+    assert hub.published(REPO) == contents(checkpoint_folder)
     assert [commit.oid for commit in hub.repositories[REPO].branches['main']][1:] == [done.commit]
     assert done.upload == tuple(sorted(contents(checkpoint_folder)))
     assert done.url == f'{hub.endpoint}/{REPO}'
@@ -67,7 +48,7 @@ def test_only_what_changed_is_sent(hub, copied):
     with (copied / 'README.md').open('a') as card:
         card.write('\nOne line more.\n')
     assert publish(copied, REPO).upload == ('README.md',)
-    assert published(hub) == contents(copied)
+    assert hub.published(REPO) == contents(copied)
     assert len(hub.uploads) == 1
 
 
@@ -84,7 +65,7 @@ def test_dry_run_says_what_would_be_uploaded_and_changes_nothing(hub, copied, ca
     (copied / 'args.yaml').write_text('epochs: 3\n')
     main(['publish', str(copied), REPO, '--dry-run'])
     assert capsys.readouterr().out.splitlines()[-2:] == ['would upload args.yaml, 10 bytes', f'{hub.endpoint}/{REPO}']
-    assert published(hub)['args.yaml'] != b'epochs: 3\n'
+    assert hub.published(REPO)['args.yaml'] != b'epochs: 3\n'
 
 
 def test_private_repository_is_seen_by_its_owner_alone(hub, checkpoint_folder, monkeypatch):
@@ -98,8 +79,8 @@ def test_private_repository_is_seen_by_its_owner_alone(hub, checkpoint_folder, m
 def test_revision_is_a_branch_of_its_own(hub, checkpoint_folder):
     done = publish(checkpoint_folder, REPO, revision='v2')
     assert done.url.endswith('/tree/v2')
-    assert published(hub, 'v2') == contents(checkpoint_folder)
-    assert published(hub) == {}
+    assert hub.published(REPO, 'v2') == contents(checkpoint_folder)
+    assert hub.published(REPO) == {}
     assert publish(checkpoint_folder, REPO, revision='v2').upload == ()
     assert torch.equal(logits(f'hf-hub:{REPO}@v2'), logits(f'local-dir:{checkpoint_folder}'))
 
@@ -140,7 +121,7 @@ def test_name_taken_by_somebody_else(hub, checkpoint_folder, capsys, monkeypatch
     copied = shutil.copytree(checkpoint_folder, checkpoint_folder.parent / 'mine', dirs_exist_ok=True)
     (copied / 'args.yaml').write_text('epochs: 3\n')
     assert 'the token may not write there' in refused(capsys, copied, 'bob/name')
-    assert published(hub, repo_id='bob/name') == contents(checkpoint_folder)
+    assert hub.published('bob/name') == contents(checkpoint_folder)
 
 
 @pytest.mark.parametrize('request_, status, message', [
@@ -157,11 +138,11 @@ def test_name_taken_by_somebody_else(hub, checkpoint_folder, capsys, monkeypatch
 def test_failure_on_the_way_leaves_nothing_that_looks_whole(hub, checkpoint_folder, capsys, request_, status, message):
     hub.fail(request_, status, times=99)
     assert message in refused(capsys, checkpoint_folder)
-    assert all(published(hub, repo_id=name) == {} for name in hub.repositories)
+    assert all(hub.published(name) == {} for name in hub.repositories)
     hub.faults.clear()
     sent = len(hub.uploads)
     publish(checkpoint_folder, REPO)
-    assert published(hub) == contents(checkpoint_folder)
+    assert hub.published(REPO) == contents(checkpoint_folder)
     assert len(hub.uploads) == 1, 'what the first try had sent is not sent again'
     assert sent <= 1
 
@@ -178,7 +159,7 @@ def test_a_passing_fault_is_overcome(hub, checkpoint_folder, request_, action, h
     hub.fail(request_, action, **headers)
     publish(checkpoint_folder, REPO)
     assert hub.faults[0].times == 0
-    assert published(hub) == contents(checkpoint_folder)
+    assert hub.published(REPO) == contents(checkpoint_folder)
 
 
 def test_file_that_comes_back_changed_is_reported(hub, checkpoint_folder, capsys):
@@ -265,7 +246,7 @@ def test_killed_at_twenty_moments_and_run_again_it_ends_in_one_state(hub, checkp
     monkeypatch.undo()  # children wait for real, were they to
     monkeypatch.setenv('HF_TOKEN', 'hf_writer')
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['timm_aws.hub'])
+    context.set_forkserver_preload(['timm_aws.checkpoint.publish'])
     publish(checkpoint_folder, REPO)
     number = len(hub.requests)
     whole = contents(checkpoint_folder)
@@ -289,7 +270,7 @@ def test_killed_at_twenty_moments_and_run_again_it_ends_in_one_state(hub, checkp
             assert set(repository.branches['main'][-1].files) - {'.gitattributes'} in (set(), set(whole))
         hub.faults.clear()
         publish(checkpoint_folder, REPO)
-        assert published(hub) == whole
+        assert hub.published(REPO) == whole
         branch = hub.repositories[REPO].branches['main']
         states.add((tuple(commit.oid for commit in branch), tuple(hub.uploads)))
     assert killed == 20

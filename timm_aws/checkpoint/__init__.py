@@ -1,0 +1,1 @@
+"""Checkpoint folders: from a run of timm's train.py to a repository on the Hugging Face Hub, and back into timm."""
