@@ -5,7 +5,6 @@ in what a command does with the folder that it writes to, so they are the same o
 """
 import errno
 import functools
-import importlib.util
 import itertools
 import logging
 import multiprocessing
@@ -19,8 +18,9 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import prepare_tiny_imagenet
 import pytest
-from test_prepare_tiny_imagenet import COMPLETE, SCRIPT, make_source, read_tree
+from test_prepare_tiny_imagenet import COMPLETE, make_source, read_tree
 
 from timm_aws.checkpoints import check_folder
 from timm_aws.hub import publish
@@ -37,10 +37,8 @@ CONTEXT.set_forkserver_preload(['pytest', 'timm_aws.export', 'timm_aws.hub', 'ti
 
 def prepare_tiny(source, out):
     """Runs the script as its command line does, with the small data set of its own tests."""
-    spec = importlib.util.spec_from_file_location('prepare', SCRIPT)
-    script = sys.modules['prepare'] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    sys.exit(script.main([str(source), str(out)], script.Expected({}, 2, {'train': 3, 'val': 2})))
+    sys.exit(prepare_tiny_imagenet.main(
+        [str(source), str(out)], prepare_tiny_imagenet.Expected({}, 2, {'train': 3, 'val': 2})))
 
 
 def in_child(command, prepare, folder):
