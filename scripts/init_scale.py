@@ -3,30 +3,29 @@
     python scripts/init_scale.py            # runs what is not in the file yet, then draws the picture
     python scripts/init_scale.py --draw     # draws the picture from the file alone
 
-Trains ws_resnet18 on scikit-learn's digits (the task of quickstart.py) from weights that are the usual ones times
+Trains ws_resnet18 on scikit-learn's digits (the task of quickstart.py). The initial weights are the usual ones times
 0.01, 1, 20 and 100. A standardized weight gives the same output at every scale, but its effective learning rate is
-lr / std: weight decay of a fixed strength takes a fixed share of the length in each step, AWS takes a share that grows
-with the length. Both have the same strength at the usual scale, decay 1e-2 and alpha 0.25 at a std of 0.04.
+lr / std. Weight decay takes a fixed share of the length in each step; AWS takes a share that grows with the length.
+Both have the same strength at the usual scale: decay 1e-2, and alpha 0.25 at a std of 0.04.
 
-Writes one line of JSON a run to scripts/results/init_scale.jsonl, and the picture beside it as .svg and .png.
+Writes one line of JSON for each run to scripts/results/init_scale.jsonl, and the picture beside it as .svg and .png.
 """
 import argparse
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import timm
 import torch
+from matplotlib.figure import Figure
+from outputs import BLACK, BLUE, ORANGE, RESULTS, VERMILION, save_figure
 from provenance import hardware, versions
-from quickstart import accuracy, load_images, train_epoch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from tqdm import tqdm
 
 import timm_aws
-from timm_aws.shrink import filter_length
+from timm_aws.rule import filter_length
 
-RESULTS = Path(__file__).parent / 'results'
 SCALES = (0.01, 1., 20., 100.)
 RULES = {
     'weight decay': {'opt': 'momentum', 'weight_decay': 1e-2},
@@ -45,7 +44,9 @@ def median_std(model: torch.nn.Module) -> torch.Tensor:
 
 
 def run(rule: str, scale: float) -> dict:
-    """Trains one network; returns its settings and what became of it."""
+    """Trains one network. Returns its settings, and its accuracy and filter length over training."""
+    from quickstart import accuracy, load_images, train_epoch  # needs scikit-learn; --draw does not
+
     torch.manual_seed(SEED)
     images, labels, held_out_images, held_out_labels = load_images()
     model = timm.create_model('ws_resnet18', num_classes=10, in_chans=1)
@@ -70,9 +71,10 @@ def run(rule: str, scale: float) -> dict:
 
 
 def draw(lines: list[dict], path: Path) -> None:
-    """Draws the length of the filters over training, one panel a rule, labelled with the accuracy reached."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout='constrained')
-    colors = dict(zip(SCALES, ('#0072B2', '#000000', '#E69F00', '#D55E00')))  # Okabe and Ito, safe for the colour blind
+    """Draws the length of the filters over training, a panel for each rule; the labels give the final accuracy."""
+    figure = Figure(figsize=(9, 4), layout='constrained')
+    panels = figure.subplots(1, 2, sharey=True)
+    colors = dict(zip(SCALES, (BLUE, BLACK, ORANGE, VERMILION)))
     for panel, rule in zip(panels, RULES):
         for line in sorted((line for line in lines if line['rule'] == rule), key=lambda line: -line['scale']):
             label = f'init × {line["scale"]:g}: {line["accuracy"][-1]:.1f} %'
@@ -81,8 +83,7 @@ def draw(lines: list[dict], path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(title='accuracy at the end', loc='upper center', bbox_to_anchor=(0.5, -0.18), ncols=2)
     panels[0].set_ylabel('median std of the filters')
-    figure.savefig(path.with_suffix('.svg'), metadata={'Date': None})
-    figure.savefig(path.with_suffix('.png'), dpi=150)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -99,7 +100,7 @@ def main() -> None:
                 lines.append(run(rule, scale))
                 with path.open('a') as file:
                     file.write(json.dumps(lines[-1]) + '\n')
-    draw(lines, path)
+    draw(lines, path.with_suffix(''))
 
 
 if __name__ == '__main__':

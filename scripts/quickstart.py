@@ -6,15 +6,13 @@ The photographs come with scikit-image, the digits with scikit-learn (1,797 imag
 https://doi.org/10.24432/C50P49), the weights with this package: nothing is downloaded. The network knows the 200
 classes of Tiny-ImageNet and sees 64 by 64 pixels of each photograph.
 
-A fifth of the digits is held out. Printed for each epoch are the loss, the accuracy on the held-out images, and the
-median effective learning rate, lr / std of the filter: where plain decay would have to be tuned for it, the shrink
-keeps it in proportion to the schedule.
+A fifth of the digits is held out. Each epoch prints the loss, the accuracy on the held-out images, and the median
+effective learning rate, lr / std of the filter.
 """
 import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from skimage import data
 from sklearn.datasets import load_digits
 from timm.data import create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
@@ -30,6 +28,8 @@ BATCH_SIZE = 64
 @torch.inference_mode()
 def classify() -> None:
     """Prints the five likeliest classes of three photographs."""
+    from skimage import data  # init_scale.py uses this file without scikit-image
+
     model = timm.create_model('ws_resnet50_aws', pretrained=True).eval()
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     names, words = model.pretrained_cfg['label_names'], model.pretrained_cfg['label_descriptions']

@@ -3,10 +3,10 @@
     python scripts/reproduce.py run all --preset cpu --data tiny-imagenet    # trains what is not yet there
     python scripts/reproduce.py report --preset cpu                          # tables and figures from what is there
 
-`run` adds one line of JSON to scripts/results/reproduce_PRESET.jsonl for each finished training and can be stopped at
+`run` adds one line of JSON to scripts/results/reproduce_PRESET.jsonl for each finished training. It can be stopped at
 any moment. Presets: `smoke`, made-up patterns and a few steps, to try the scripts (no --data); `cpu`, twenty classes of
-Tiny-ImageNet-200 at 32 px; `gpu`, forty classes, and three seeds in table 3 as well. reproduction/grid.py says what
-each table and figure is made of.
+Tiny-ImageNet-200 at 32 px; `gpu`, forty classes, and three seeds in table 3 as well. reproduction/grid.py lists the
+trainings of each table and figure.
 """
 import argparse
 import json
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from outputs import RESULTS, write
 from provenance import hardware, versions
 from reproduction import images as image_sets
 from reproduction.grid import EXPERIMENTS, PRESETS, Cell, Preset, cells_of
@@ -27,7 +28,6 @@ from reproduction.images import Images
 from reproduction.training import train_cell
 from tqdm import tqdm
 
-RESULTS = Path(__file__).parent / 'results'
 _worker: dict[str, Any] = {}
 
 
@@ -90,8 +90,7 @@ def run(options: argparse.Namespace) -> None:
     about = _about(options, images)
     path = options.out / f'reproduce_{options.preset}.jsonl'
     lines = read_lines(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(''.join(json.dumps(line) + '\n' for line in lines.values()))
+    write(path, ''.join(json.dumps(line) + '\n' for line in lines.values()))
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ProcessPoolExecutor(
             options.jobs, multiprocessing.get_context('spawn'), _start_worker,
@@ -122,7 +121,7 @@ def report(options: argparse.Namespace) -> None:
 
     lines = read_lines(options.out / f'reproduce_{options.preset}.jsonl')
     path = options.out / f'reproduce_{options.preset}.md'
-    path.write_text(tables(lines, PRESETS[options.preset]))
+    write(path, tables(lines, PRESETS[options.preset]))
     folder = options.out / f'reproduce_{options.preset}'
     folder.mkdir(exist_ok=True)
     for picture in [path, *figures(lines, PRESETS[options.preset], folder)]:

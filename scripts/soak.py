@@ -1,16 +1,16 @@
-"""Whether memory, compile cache and time per step stay what they are over many optimizer steps in one process.
+"""Checks that memory, compile cache and time per step do not grow over many optimizer steps in one process.
 
     python scripts/soak.py [--steps 20000]
 
-Steps over the parameters of ws_resnet18, gradients given, the learning rate another one in each step. What the first
-thousand steps leave behind is the base. After them no step may compile anything, resident memory may never be 1 % above
-what it was then, and from the first quarter of the rest to the last the median time of a step may grow by less than
-10 %. A tenth of the steps is followed by one of torch's own optimizer over parameters of its own, and the growth is
-that of the ratio of the two, as a machine does not keep its speed for minutes; then memory is looked at. The compiled
-row takes a tenth of the steps; its backend is `eager`, as what is looked for is Dynamo compiling again. Each row has a
-process of its own, as what one leaves in memory would count in the next.
+Steps over the parameters of ws_resnet18 with fixed gradients and a new learning rate in each step. The state after the
+first thousand steps is the base. After them, three limits hold: no step compiles anything, resident memory stays within
+1 % of the base, and the median time of a step grows by less than 10 % from the first quarter of the rest to the last.
+Every tenth step is followed by a step of torch's own optimizer over parameters of its own. The growth of time is that
+of the ratio of the two, because the speed of a machine drifts over minutes. The compiled row takes a tenth of the
+steps; its backend is `eager`, because only Dynamo's recompilations count. Each row has its own process, because memory
+that one row leaves would count in the next.
 
-Prints a line a row, writes scripts/results/soak.json, and ends in an error if something grew. Linux only.
+Prints a line for each row, writes scripts/results/soak.json, and ends in an error if something grew. Linux only.
 """
 import argparse
 import ctypes
@@ -27,13 +27,13 @@ from pathlib import Path
 
 import torch
 from benchmarks.step import Params, make_params
+from outputs import RESULTS, write
 from provenance import hardware, versions
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 from timm_aws import AwsAdam, AwsSGD
 
-RESULTS = Path(__file__).parent / 'results'
 LR = 1e-3
 SETTLE = 1000
 MAX_MEMORY, MAX_TIME = 1.01, 1.1
@@ -158,8 +158,7 @@ def main() -> None:
         'threads': torch.get_num_threads(),
         'versions': versions(), 'hardware': hardware('cpu'),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / 'soak.json').write_text(json.dumps(result, indent=2) + '\n')
+    write(RESULTS / 'soak.json', json.dumps(result, indent=2) + '\n')
     if found := problems(rows):
         raise ValueError('; '.join(found))
 

@@ -2,15 +2,12 @@
 
     python scripts/zoo_table.py
 
-Every figure comes from a folder's config.json and results.json, which `timm-aws export` wrote. tests/test_readme.py
-fails where the README holds another table than this makes.
+Every number comes from a folder's config.json and results.json, which `timm-aws export` wrote.
 """
 import json
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / 'README.md'
-BEGIN, END = '<!-- zoo: written by scripts/zoo_table.py -->\n', '<!-- end of zoo -->\n'
+from outputs import ROOT, fill_in
 
 HEAD = """\
 | checkpoint | million parameters | image size | trained and validated on | top-1 | top-5 | hours | hardware | weights |
@@ -40,10 +37,10 @@ def table() -> str:
     return HEAD + ''.join(row(folder) for folder in sorted(folders, key=lambda folder: -accuracy[folder]))
 
 
-def main() -> None:
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(before + BEGIN + table() + END + rest.split(END)[1])
+def values() -> dict[str, str]:
+    """Returns what the README marks a place for."""
+    return {'zoo': f'\n{table()}'}
 
 
 if __name__ == '__main__':
-    main()
+    fill_in(values())

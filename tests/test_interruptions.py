@@ -18,10 +18,9 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import prepare_tiny_imagenet
 import pytest
 from checkpoint_files import NAME, REPO, contents
-from prepare_tiny_imagenet import Expected
-from prepare_tiny_imagenet import main as prepare_main
 from test_prepare_tiny_imagenet import COMPLETE, make_source, read_tree
 
 from timm_aws.checkpoint.folder import check_folder
@@ -38,7 +37,8 @@ CONTEXT.set_forkserver_preload([
 
 def prepare_tiny(source, out):
     """Runs the script as its command line does, with the small data set of its own tests."""
-    sys.exit(prepare_main([str(source), str(out)], Expected({}, 2, {'train': 3, 'val': 2})))
+    sys.exit(prepare_tiny_imagenet.main(
+        [str(source), str(out)], prepare_tiny_imagenet.Expected({}, 2, {'train': 3, 'val': 2})))
 
 
 def in_child(command, prepare, folder):

@@ -4,7 +4,6 @@ The real tar.gz parts are read from the folder that the environment variable TIM
 """
 import errno
 import hashlib
-import importlib.util
 import io
 import os
 import signal
@@ -14,15 +13,11 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import prepare_tiny_imagenet as script
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / 'scripts' / 'prepare_tiny_imagenet.py'
+SCRIPT = Path(script.__file__)
 ARCHIVES = os.environ.get('TIMM_AWS_TINY_IMAGENET_ARCHIVES')
-
-spec = importlib.util.spec_from_file_location('prepare_tiny_imagenet', SCRIPT)
-script = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = script  # dataclasses look their module up
-spec.loader.exec_module(script)
 
 WORDS = {'n01443537': 'goldfish, Carassius auratus', 'n12267677': 'acorn'}
 PER_CLASS = {'train': 3, 'val': 2}
@@ -36,12 +31,12 @@ LAYOUTS = ('parts', 'zip', 'unpacked', 'unpacked-root')
 
 # Runs the command in a process that kills itself in the middle of the write or rename number argv[2]
 KILLED = '''
-import importlib.util, os, signal, sys
+import os, signal, sys
 from pathlib import Path
 
-spec = importlib.util.spec_from_file_location('script', sys.argv[1])
-script = sys.modules['script'] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import prepare_tiny_imagenet as script
+
 write_bytes, left = Path.write_bytes, int(sys.argv[2])
 
 def count():

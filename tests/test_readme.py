@@ -1,121 +1,139 @@
-"""The README's examples run, and its numbers are those of the files that the scripts wrote."""
-import importlib.util
-import json
+"""The README's examples do what they show, and its numbers, tables and lists are those of the code and the results."""
 import re
-from pathlib import Path
 
+import bench_report
+import findings
 import pytest
+import tested_table
 import timm
+import torch
+import zoo_table
+from outputs import READMES, RESULTS, ROOT, filled_in, save_figure
 
 import timm_aws
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
+EXAMPLES = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 
-@pytest.mark.parametrize('code', re.findall(r'```python\n(.*?)```', README, re.DOTALL))
-def test_examples_run(code):
-    exec(code, {})
+def number_before(word):
+    """Returns the number that stands before a word of the README."""
+    return float(re.search(rf'([\d.]+) {word}', README)[1])
 
 
-def test_expression_in_the_text_runs():
+def takes_a_step(model, optimizer, **_):
+    shrunk = [param for group in optimizer.param_groups if group['alpha'] for param in group['params']]
+    decays = {group['weight_decay'] for group in optimizer.param_groups if not group['alpha']}
+    assert type(optimizer) is timm_aws.AwsSGD
+    assert len(shrunk) == len(timm_aws.normalized_weights(model)) == number_before('convolutions')
+    assert decays == {0., 1e-4}
+    weight = model.conv1.weight.detach()
+    rate = timm_aws.effective_lr(optimizer)['conv1.weight'].flatten()
+    torch.testing.assert_close(rate, 0.1 / weight.std((1, 2, 3), correction=0))
+    assert all('momentum_buffer' in optimizer.state[param] for param in shrunk)
+
+
+def converts_what_a_norm_follows(model, alpha, optimizer, **_):
+    names = set(timm_aws.normalized_weights(model))
+    convolutions = {f'{name}.weight' for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    assert {name for name in convolutions if '.se.' in name} == convolutions - names
+    shrunk, = (group for group in optimizer.param_groups if group['alpha'])
+    assert len(shrunk['params']) == len(names)
+    assert shrunk['alpha'] == alpha
+
+
+def loads_weights(model, mine, **_):
+    assert not model.training
+    assert (model.num_classes, mine.num_classes) == (200, 10)
+    assert torch.equal(model.conv1.weight, mine.conv1.weight)
+
+
+@pytest.mark.parametrize('code, fact', list(zip(
+    EXAMPLES, (takes_a_step, converts_what_a_norm_follows, loads_weights), strict=True)))
+def test_example(code, fact):
+    made = {}
+    exec(code, made)
+    fact(**made)
+
+
+def test_expression_in_the_text_makes_our_optimizer():
     code = re.search(r'`(create_optimizer_v2\(timm\.create_model\(.nfnet_l0.*?)`', README)[1]
     optimizer = eval(code, {'create_optimizer_v2': timm.optim.create_optimizer_v2, 'timm': timm})
     assert type(optimizer) is timm_aws.AwsSGD
 
 
-def test_every_model_is_listed_and_nothing_else():
-    table = README[README.index('## Models'):README.index('## Optimizers')]
-    listed = set(re.findall(r'`(\w+)`', table)) - {'weights'}
-    ours = set(timm.list_models(module='ws_resnet'))
-    assert ours <= listed
-    assert all(timm.is_model(name) for name in listed)
+def test_every_model_is_listed_and_every_listed_one_exists():
+    listed = set(re.findall(r'`((?:test_)?(?:ws_|wn_|cwn_)?(?:se)?resne(?:t|xt)\w*)`', README))
+    assert set(timm_aws.list_models()) <= listed
+    assert [name for name in listed if not timm.is_model(name)] == []
 
 
-def test_spreads_over_the_initializations_are_those_of_the_data():
-    lines = [json.loads(line) for line in (ROOT / 'scripts/results/init_scale.jsonl').read_text().splitlines()]
-    ends = [[line['median_std'][-1] for line in lines if line['rule'] == rule] for rule in ('weight decay', 'AWS')]
-    decay, aws = (max(stds) / min(stds) for stds in ends)
-    assert [len(stds) for stds in ends] == [4, 4]
-    assert f'end {decay:.0f} times apart under weight decay and {aws:.0f} times under AWS' in README.replace('\n', ' ')
+def test_oldest_versions_are_those_of_the_package():
+    required = (ROOT / 'pyproject.toml').read_text()
+    for name in ('torch', 'timm'):
+        assert re.search(rf'"{name}>=([\d.]+)"', required)[1] in re.findall(rf'{name} ([\d.]*\d)', README)
+    assert re.search(r'requires-python = ">=([\d.]+)"', required)[1] == re.search(r'Python ([\d.]*\d)', README)[1]
 
 
-@pytest.mark.parametrize('file', ['README.md', 'scripts/results/README.md'])
-def test_spreads_under_decay_and_aws_are_those_of_the_report(file):
-    report = (ROOT / 'scripts/results/reproduce_cpu.md').read_text()
-    decay, aws = (re.search(rf'\| {rule}.* ([\d.]+) \|\n', report[report.index('## Figures 5 and 6'):])[1]
-                  for rule in ('L2, SGD', 'AWS, coupled'))
-    text = ' '.join((ROOT / file).read_text().split())
-    assert re.search(f'three seeds are {decay} points apart under decay(,| and) {aws} under AWS', text)
+def test_default_alpha_is_that_of_the_optimizer():
+    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
+    assert timm_aws.AwsSGD([weight], lr=0.1).param_groups[0]['alpha'] == float(
+        re.search(r'default of ([\d.e-]+)', README)[1])
 
 
-def test_what_a_step_grows_by_is_what_was_measured():
-    results = ROOT / 'scripts' / 'results'
-    scale, train = (json.loads((results / f'bench_{name}.json').read_text()) for name in ('scale', 'train'))
-    times = {sweep: {point['name']: point['rows']['AwsSGD, fused']['ms'] for point in scale[sweep]}
-             for sweep in ('tensors', 'fan_in')}
-    share = [1e6 * point['rows']['AwsSGD, fused']['ms'] / point['parameters']
-             for point in scale['network'] if point['parameters'] > 25e6]
-    text = ' '.join(README.split())
-    assert f'parameters, {min(share):.1f} to {max(share):.1f} ns each from 25 to 287 million' in text
-    assert f'parameters: {times["tensors"]["1024"] / times["tensors"]["64"]:.0f} times the time' in text
-    assert f'or more: {times["fan_in"]["4"] / times["fan_in"]["64"]:.0f} times' in text
-    assert f'prolongs training by {100 * train["share_of_the_recorder"]:.2f} %' in text
-    assert all(point['peak_in_largest_parameters'] == 0 for sweep in ('network', 'tensors') for point in scale[sweep])
+def test_readme_is_short_and_starts_with_the_two_commands():
+    assert len(README) <= 9000
+    assert {'scripts/quickstart.sh', 'scripts/test.sh'} <= set(' '.join(README.splitlines()[:30]).split())
 
 
-def test_a_compiled_step_costs_what_that_of_torch_costs_within_a_tenth():
-    rows = json.loads((ROOT / 'scripts/results/bench_step.json').read_text())['threads']['2']
-    assert rows['AwsSGD, compiled, after a forward']['ratio'] < 1.1 * rows['torch SGD, compiled']['ratio']
+@pytest.mark.parametrize('path', [*READMES, RESULTS / 'COSTS.md', RESULTS / 'TESTS.md'], ids=lambda path: path.name)
+def test_links_lead_to_files(path):
+    links = [link for link in re.findall(r'\]\(([^)]+)\)', path.read_text()) if '://' not in link]
+    assert links
+    assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-def test_soak_is_what_was_measured():
-    result = json.loads((ROOT / 'scripts/results/soak.json').read_text())
-    rows = result['rows'].values()
-    memory, time = (100 * (max(row[key] for row in rows) - 1) for key in ('memory_ratio', 'time_ratio'))
-    text = ' '.join(README.split())
-    assert result['rows']['AwsSGD, fused']['steps'] == 20_000
-    assert f"memory grew by {memory:.2f} % at most, the time of a step by {time:.0f} % against torch's" in text
-    assert all(row['new_graphs'] == 0 for row in rows)
+@pytest.mark.parametrize('path', READMES, ids=('top', 'results'))
+def test_marked_numbers_and_tables_are_what_the_scripts_give(path):
+    values = {}
+    for script in (zoo_table, bench_report, tested_table, findings):
+        assert values.keys().isdisjoint(script.values())
+        values |= script.values()
+    text = path.read_text()
+    assert set(re.findall(r'<!--(\w+)-->', text)) <= values.keys()
+    assert filled_in(text, values) == text
+    # A comment that starts a line of text ends the paragraph on GitHub; a table has lines of its own for its marks.
+    assert set(re.findall(r'^ {0,3}<!--.*', text, re.MULTILINE)) <= {'<!--zoo-->', '<!--/-->'}
 
 
-def test_findings_are_those_of_the_report():
-    report = (ROOT / 'scripts/results/reproduce_cpu.md').read_text()
-    text = ' '.join((ROOT / 'scripts/results/README.md').read_text().split())
-    gain, loss, behind, matched = re.findall(r'\| WS \+ .*? less .*? \| [+-]([\d.]+ ± [\d.]+) \|', report)
-    tuned = re.search(r'tuned, over 6 networks: -([\d.]+ ± [\d.]+) points', report)[1]
-    assert f'WS with decay {gain} points (standard error) above the baseline, WS with AWS {loss} below it' in text
-    assert f'no, behind by {behind}; with one that fits, behind by {matched}' in text
-    assert f'is {matched} points behind decay instead of {behind}' in text
-    assert f'AWS is again {tuned} points behind' in text
-    rows = [line.split(' | ') for line in report[report.index('## Table 3, tuned'):].splitlines()[4:10]]
-    stds = [line.split(' | ')[5] for line in report[report.index('## Table 3: networks'):].splitlines()[4:10]]
-    assert f'start at a std of {min(stds)} to {max(stds)}' in text
-    assert [row[6] for row in rows].count('0.01') == 5
-    assert [row[13] for row in rows].count('0.075') == 4
-    ours = ' '.join(README.split())
-    assert f'AWS is {tuned} points behind' in ours
-    assert f'it is {behind} points behind' in ours
-    layers = report[report.index('## Figures 2 and 4'):report.index('## Figures 5')]
-    decay, aws = (re.search(rf'\| {rule}.*? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+ to [\d.]+) \| ([\d.]+) \|', layers)
-                  for rule in ('L2, SGD, λ = 0.01', 'AWS'))
-    assert f'{aws[1]} times apart at the start; after two epochs {aws[2]} times under AWS, {decay[2]} times' in text
-    assert f'{decay[3]} times in every layer but the first under decay, {aws[3]} times under AWS' in text
-    assert f'median over the layers {aws[4]}, under decay {decay[4]}' in text
+@pytest.mark.parametrize('script, name', [(bench_report, 'COSTS.md'), (tested_table, 'TESTS.md')])
+def test_whole_files_are_what_the_scripts_make(script, name):
+    assert script.text() == (RESULTS / name).read_text()
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'scripts' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_filling_in_changes_marked_values_alone():
+    text = 'a <!--one-->1<!--/--> b <!--two-->2<!--/--> <!--three-->\n|x|\n<!--/-->\n'
+    assert filled_in(text, {'one': '11', 'three': '\n|y|\n'}) == text.replace('>1<', '>11<').replace('x', 'y')
 
 
-@pytest.mark.parametrize('name', ['zoo_table', 'tested_table', 'bench_report'])
-def test_tables_are_what_the_scripts_make(name):
-    module = script(name)
-    assert module.BEGIN + module.table() + module.END in README, f'run python scripts/{name}.py'
+def test_a_figure_is_saved_the_same_each_time(tmp_path):
+    from matplotlib.figure import Figure
+
+    for folder in ('first', 'second'):
+        figure = Figure()
+        figure.subplots().plot([1, 2], label='line')
+        (tmp_path / folder).mkdir()
+        files = save_figure(figure, tmp_path / folder / 'name')
+    assert [path.name for path in files] == ['name.png', 'name.svg']
+    assert all(path.read_bytes() == (tmp_path / 'first' / path.name).read_bytes() for path in files)
+
+
+def test_costs_list_the_rows_that_are_measured_and_known(monkeypatch):
+    rows = {'torch SGD, fused': {'ratio': 1., 'ms': 10.}, 'a row of an older version': {'ratio': 2., 'ms': 20.}}
+    monkeypatch.setattr(bench_report, 'load', lambda name: {'threads': {'2': rows}})
+    assert bench_report.steps() == {'torch SGD, fused': {'ratio': 1., 'ms': 10.}}
 
 
 def test_every_checkpoint_is_in_the_table():
-    assert script('zoo_table').table().count('\n') == 2 + len(list((ROOT / 'weights').iterdir()))
+    names = re.findall(r'^\| \[`([\w.]+)`\]', zoo_table.table(), re.MULTILINE)
+    assert sorted(names) == sorted(path.name for path in (ROOT / 'weights').iterdir())

@@ -14,7 +14,7 @@ from PIL import Image
 from resume_worker import CASES, PATHS, SAVED_AT, STEPS, train
 
 from timm_aws import AwsAdam, AwsSGD
-from timm_aws.train_run import load_checkpoint
+from timm_aws.checkpoint.train_run import load_checkpoint
 from timm_aws.wrap_optimizer import aws_optimizer
 
 AwsLion = aws_optimizer(timm.optim.Lion)

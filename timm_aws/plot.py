@@ -1,6 +1,6 @@
 """Pictures of training runs, all in one style."""
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -9,9 +9,20 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ['plot_effective_lr']
+__all__ = ['add_layer_bar', 'layer_colors', 'plot_effective_lr']
 
-_LAYERS = colormaps['viridis']  # even in lightness, so it reads without colours too
+_LAYERS = colormaps['viridis']  # its lightness rises evenly, so it reads in grey too
+
+
+def layer_colors(count: int) -> list[tuple[float, float, float, float]]:
+    """Returns a colour for each of so many layers, from the first to the last."""
+    return [_LAYERS(index / max(1, count - 1)) for index in range(count)]
+
+
+def add_layer_bar(figure: Figure, panels: Sequence[Axes]) -> None:
+    """Adds the key of `layer_colors` beside the panels."""
+    bar = figure.colorbar(ScalarMappable(cmap=_LAYERS), ax=panels, ticks=[0, 1])
+    bar.ax.set_yticklabels(['first layer', 'last layer'])
 
 
 def plot_effective_lr(source: Path, out: Path) -> None:
@@ -42,8 +53,7 @@ def plot_effective_lr(source: Path, out: Path) -> None:
     for panel, (label, value) in zip(panels, curves.items()):
         _draw_layers(panel, columns[0], rows, value)
         panel.set(xlabel=columns[0], ylabel=label, yscale='log')
-    bar = figure.colorbar(ScalarMappable(cmap=_LAYERS), ax=panels, ticks=[0, 1])
-    bar.ax.set_yticklabels(['first layer', 'last layer'])
+    add_layer_bar(figure, panels)
     figure.savefig(out, dpi=150)
 
 
@@ -52,8 +62,7 @@ def _draw_layers(panel: Axes, x: str, rows: list[dict[str, str]], value: Callabl
     for row in rows:
         if (y := value(row)) > 0:  # no logarithm else: the last step of a schedule may have lr 0
             layers.setdefault(row['layer'], []).append((float(row[x]), y))
-    for index, points in enumerate(layers.values()):
-        color = _LAYERS(index / max(1, len(layers) - 1))
+    for color, points in zip(layer_colors(len(layers)), layers.values()):
         panel.plot(*zip(*points), color=color, linewidth=1, marker='.' if len(points) < 30 else None, markersize=4)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(alpha=0.3)

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch.fx.experimental.optimization import fuse
 
 import timm_aws  # noqa: F401  registers ws_resnet50
-from timm_aws.normalized_conv import NormalizedConv2d
+from timm_aws.layers import NormalizedConv2d
 
 from .turns import about, compare, save, show, take_turns
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import safetensors.torch
 import timm
+from outputs import ROOT
 
 import timm_aws  # noqa: F401  registers ws_resnet50_aws
 
@@ -15,7 +16,7 @@ from .turns import about, compare, save, show, take_turns
 __all__ = ['startup']
 
 ROUNDS = 9
-WEIGHTS = Path(__file__).parents[2] / 'weights' / 'ws_resnet50.aws_tin200' / 'model.safetensors'
+WEIGHTS = ROOT / 'weights' / 'ws_resnet50.aws_tin200' / 'model.safetensors'
 PYTHON, IMPORT_TIMM, HELP = 'python -c pass', 'import timm', 'timm-aws --help'
 TORCH, OURS = 'build resnet50, copy the file in', 'load ws_resnet50_aws'
 

@@ -1,8 +1,7 @@
-"""One optimizer step over the parameters of a model, beside the optimizers that people use.
+"""One optimizer step over the parameters of a model, beside other optimizers.
 
-Each of our rows is held against Eq. 21 in float64 at this very size before it is timed. Nesterov momentum is off
-everywhere. In training a step comes after a forward, which hands over what it has measured of the filters: so it does
-before the rows `after a forward`, outside of their time.
+Each of our rows is compared with Eq. 21 in float64 at this size before it is timed. Nesterov momentum is off
+everywhere.
 """
 from collections.abc import Callable
 from typing import Any
@@ -11,21 +10,20 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 
-from timm_aws import AwsAdam, AwsSGD, WSConv2d
+from timm_aws import AwsAdam, AwsSGD
 
 from .turns import about, compare, save, show, take_turns
 
-__all__ = ['check', 'make_params', 'step']
+__all__ = ['FAMILIES', 'check', 'make_params', 'step']
 
 LR, MOMENTUM, ALPHA, DECAY = 1e-3, 0.9, 2.5e-3, 1e-4
 ROUNDS = 21
 SGD = {'lr': LR, 'momentum': MOMENTUM}
 Params = list[torch.nn.Parameter]
-AFTER_FORWARD = ', after a forward'
 
 
 def _grouped(params: Params) -> list[dict[str, Any]]:
-    """Returns groups in which convolutions are shrunk and the rest decays, as everything does in torch's rows."""
+    """Returns groups that shrink the convolutions and decay the rest. In torch's rows everything decays."""
     return [
         {'params': [p for p in params if p.ndim == 4]},
         {'params': [p for p in params if p.ndim != 4], 'alpha': 0., 'normalization': None, 'weight_decay': DECAY},
@@ -45,7 +43,7 @@ def _compiled(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-# Name to what makes the optimizer; the first of a family is what the others are compared with.
+# Name to the function that makes the optimizer. The first of a family is the base of the others.
 FAMILIES: dict[str, dict[str, Callable[[Params], torch.optim.Optimizer]]] = {
     'SGD': {
         'torch SGD, fused': lambda p: torch.optim.SGD(p, **SGD, weight_decay=DECAY, fused=True),
@@ -54,10 +52,8 @@ FAMILIES: dict[str, dict[str, Callable[[Params], torch.optim.Optimizer]]] = {
         'torch SGD, compiled': lambda p: _compiled(
             torch.optim.SGD(p, lr=torch.tensor(LR), momentum=MOMENTUM, weight_decay=DECAY)),
         'AwsSGD, fused': lambda p: _aws_sgd(p, fused=True),
-        f'AwsSGD, fused{AFTER_FORWARD}': lambda p: _aws_sgd(p, fused=True),
-        f'AwsSGD, fused, decoupled{AFTER_FORWARD}': lambda p: _aws_sgd(p, fused=True, decoupled=True),
+        'AwsSGD, fused, decoupled': lambda p: _aws_sgd(p, fused=True, decoupled=True),
         'AwsSGD, compiled': lambda p: _compiled(_aws_sgd(p, lr=torch.tensor(LR))),  # a number would be compiled in
-        f'AwsSGD, compiled{AFTER_FORWARD}': lambda p: _compiled(_aws_sgd(p, lr=torch.tensor(LR))),
         'AwsSGD, foreach': lambda p: _aws_sgd(p, foreach=True),
         'AwsSGD, loop': lambda p: _aws_sgd(p, foreach=False),
         **{
@@ -72,8 +68,7 @@ FAMILIES: dict[str, dict[str, Callable[[Params], torch.optim.Optimizer]]] = {
         'torch AdamW, loop': lambda p: torch.optim.AdamW(p, LR, weight_decay=DECAY, foreach=False),
         'torch AdamW, compiled': lambda p: _compiled(torch.optim.AdamW(p, torch.tensor(LR), weight_decay=DECAY)),
         'AwsAdam, fused': lambda p: _aws_adam(p, fused=True),
-        f'AwsAdam, fused{AFTER_FORWARD}': lambda p: _aws_adam(p, fused=True),
-        f'AwsAdam, compiled{AFTER_FORWARD}': lambda p: _compiled(_aws_adam(p, lr=torch.tensor(LR))),
+        'AwsAdam, compiled': lambda p: _compiled(_aws_adam(p, lr=torch.tensor(LR))),
         'AwsAdam, foreach': lambda p: _aws_adam(p, foreach=True),
         'AwsAdam, loop': lambda p: _aws_adam(p, foreach=False),
         'timm adamp': lambda p: create_optimizer_v2(p, 'adamp', lr=LR, weight_decay=DECAY, nesterov=False),
@@ -98,29 +93,12 @@ def params_of_shapes(shapes: list[torch.Size] | list[tuple[int, ...]]) -> Params
     return params
 
 
-def forward_of(params: Params) -> Callable[[], None]:
-    """Returns what a training forward does to the weights of the convolutions among the parameters."""
-    convs = []
-    for param in params:
-        if param.ndim == 4:
-            conv = WSConv2d(param.shape[1], param.shape[0], param.shape[2:], bias=False, device='meta')
-            conv.weight = param
-            convs.append(conv)
-
-    def forward() -> None:
-        for conv in convs:
-            conv.normalized_weight()
-
-    return forward
-
-
-def check(make: Callable[[Params], torch.optim.Optimizer], model: str, after_forward: bool = False) -> float:
+def check(make: Callable[[Params], torch.optim.Optimizer], model: str) -> float:
     """Takes two steps of one of our optimizers and of Eq. 21 in float64.
 
     Args:
         make: Makes the optimizer.
         model: Name of the model.
-        after_forward: Whether each step comes after a forward.
 
     Returns:
         The largest error of a weight, relative to the largest weight of its tensor.
@@ -132,8 +110,6 @@ def check(make: Callable[[Params], torch.optim.Optimizer], model: str, after_for
     starts = {p: p.detach().double() for p in params}
     optimizer = make(params)
     for _ in range(2):
-        if after_forward:
-            forward_of(params)()
         optimizer.step()
     error = 0.
     for group in optimizer.param_groups:
@@ -169,17 +145,15 @@ def _two_steps(weight: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) 
 def step(model: str) -> None:
     """Checks, times, prints and writes."""
     errors = {
-        name: check(make, model, name.endswith(AFTER_FORWARD))
+        name: check(make, model)
         for family in FAMILIES.values() for name, make in family.items() if name.startswith('Aws')
     }
     optimizers = {name: make(make_params(model)) for family in FAMILIES.values() for name, make in family.items()}
-    before = {name: forward_of(optimizer.param_groups[0]['params']) for name, optimizer in optimizers.items()
-              if name.endswith(AFTER_FORWARD)}
     base_of = {name: next(iter(family)) for family in FAMILIES.values() for name in family}
     threads = {}
     for count in (2, 1):
         torch.set_num_threads(count)
-        times = take_turns(f'{count} threads', {name: o.step for name, o in optimizers.items()}, ROUNDS, before)
+        times = take_turns(f'{count} threads', {name: o.step for name, o in optimizers.items()}, ROUNDS)
         threads[count] = compare(times, base_of)
         show(f'One step over the parameters of {model}, {count} threads', threads[count])
     save('step', {

@@ -1,45 +1,36 @@
-"""Takes the times of several things in turn, so that a drift of the machine meets them all alike."""
+"""Times several things in turn, so that a drift of the machine affects all of them alike."""
 import gc
 import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from outputs import RESULTS, write
 from provenance import hardware, versions
 from tqdm import tqdm
 
 __all__ = ['about', 'compare', 'save', 'show', 'take_turns']
 
-RESULTS = Path(__file__).parent.parent / 'results'
 WARM_UP = 3
 
 
-def take_turns(
-        title: str,
-        rows: dict[str, Callable[[], Any]],
-        rounds: int,
-        before: dict[str, Callable[[], Any]] | None = None,
-) -> dict[str, list[float]]:
-    """Calls each row once a round.
+def take_turns(title: str, rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Calls each row once in each round.
 
     Args:
-        title: What is measured, for the progress bar.
-        rows: Name to what is called.
-        rounds: Rounds that count; three more come before them.
-        before: Name of a row to what is called before it, outside of the time.
+        title: Text of the progress bar.
+        rows: Name to the function to time.
+        rounds: Rounds that count. Three more come first, to warm up.
 
     Returns:
-        Name to milliseconds, one a round.
+        Name to milliseconds, one value for each round.
     """
     times: dict[str, list[float]] = {name: [] for name in rows}
     gc.collect()
     for index in tqdm(range(WARM_UP + rounds), desc=title, unit='round', leave=False, disable=None):
         for name, call in rows.items():
-            if before and name in before:
-                before[name]()
             _wait_for_device()
             start = time.perf_counter()
             call()
@@ -55,11 +46,11 @@ def _wait_for_device() -> None:
 
 
 def compare(times: dict[str, list[float]], base_of: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Returns medians with the lowest and the highest, and the median of the ratios to a base in the same round.
+    """Returns median, minimum and maximum, and the median ratio to a base in the same round.
 
     Args:
-        times: Name to milliseconds, one a round.
-        base_of: Name to the name of what it is compared with.
+        times: Name to milliseconds, one value for each round.
+        base_of: Name to the name of its base.
 
     Returns:
         Name to ms, min, max and ratio.
@@ -73,7 +64,7 @@ def compare(times: dict[str, list[float]], base_of: dict[str, str]) -> dict[str,
 
 
 def about(command: str) -> dict[str, Any]:
-    """Returns what every result tells of its origin."""
+    """Returns the origin that every result records: command, versions, hardware."""
     return {
         'command': f'python scripts/bench.py {command}',
         'versions': versions(),
@@ -92,6 +83,5 @@ def show(title: str, rows: dict[str, dict[str, float]]) -> None:
 def save(name: str, result: dict[str, Any]) -> None:
     """Writes scripts/results/bench_<name>.json, on a GPU bench_<name>_gpu.json."""
     path = RESULTS / f'bench_{name}{"_gpu" if torch.cuda.is_available() else ""}.json'
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + '\n')
+    write(path, json.dumps(result, indent=2) + '\n')
     print(f'\n{path}')

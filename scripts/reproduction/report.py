@@ -1,15 +1,21 @@
-"""Tables and figures from the lines of finished trainings alone; one that failed is shown as what it is."""
+"""Tables and figures of the reproduction. The lines of finished trainings are their only source.
+
+A failed training stands in the tables as failed.
+"""
 import statistics
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from outputs import BLACK, BLUE, GREEN, VERMILION, save_figure
+
+from timm_aws.plot import add_layer_bar, layer_colors
 
 from .grid import (
     ADAM_LR,
@@ -45,7 +51,7 @@ _PAPER_3 = {
 # 5,005 steps an epoch, lr 0.1 for 30 epochs, 0.01 for 30, 0.001 for 30, 0.0001 for 10, momentum 0.9.
 _PAPER_EXPONENT = 5005 * (30 * 0.1 + 30 * 0.01 + 30 * 0.001 + 10 * 0.0001) / (1 - 0.9)
 
-_COLORS = ('#0072B2', '#D55E00', '#009E73', '#000000')  # Okabe and Ito, safe for the colour blind
+_COLORS = (BLUE, VERMILION, GREEN, BLACK)
 
 
 def final_accuracy(line: dict[str, Any]) -> float:
@@ -302,14 +308,7 @@ def figures(lines: Lines, preset: Preset, folder: Path) -> list[Path]:
         'fig5': _fig56(lines, 'l2', TYPICAL_DECAY), 'fig6': _fig56(lines, 'aws', TYPICAL_ALPHA),
         'policies': _heat_maps(lines, preset),
     }
-    paths = []
-    for name, figure in drawn.items():
-        if figure is not None:
-            for suffix, options in (('.png', {'dpi': 150}), ('.svg', {'metadata': {'Date': None}})):
-                paths.append(folder / f'{name}{suffix}')
-                with rc_context({'svg.hashsalt': name}):  # else matplotlib draws new ids each time
-                    figure.savefig(paths[-1], **options)
-    return paths
+    return [path for name, figure in drawn.items() if figure for path in save_figure(figure, folder / name)]
 
 
 def _fig1(lines: Lines) -> Figure | None:
@@ -336,14 +335,12 @@ def _effective_lrs(lines: Lines, rules: tuple[tuple[str, float], ...]) -> Figure
         return None
     figure = Figure(figsize=(1 + 4.5 * len(rules), 4), layout='constrained')
     panels = figure.subplots(1, len(rules), squeeze=False, sharey=True)[0]
-    colors = colormaps['viridis']  # even in lightness, so it reads without colours too
     for panel, line, (rule, strength) in zip(panels, found, rules):
-        for index, rates in enumerate(zip(*line['effective_lr'])):
-            _curve(panel, rates, colors(index / max(1, len(line['layers']) - 1)), '')
+        for color, rates in zip(layer_colors(len(line['layers'])), zip(*line['effective_lr'])):
+            _curve(panel, rates, color, '')
         panel.set(title=_setting(rule, strength), xlabel='epoch', yscale='log')
     panels[0].set_ylabel('effective learning rate, lr / std')
-    bar = figure.colorbar(ScalarMappable(cmap=colors), ax=panels, ticks=[0, 1])
-    bar.ax.set_yticklabels(['first layer', 'last layer'])
+    add_layer_bar(figure, panels)
     return figure
 
 

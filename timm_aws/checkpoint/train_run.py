@@ -6,11 +6,7 @@ from typing import Any
 
 import torch
 
-<<<<<<< HEAD:timm_aws/train_run.py
-from .rule import filter_length
-=======
-from ..shrink import filter_length
->>>>>>> house-a:timm_aws/checkpoint/train_run.py
+from ..rule import filter_length
 
 __all__ = ['Checkpoint', 'find_checkpoint', 'layers_of', 'load_checkpoint', 'stages_of']
 

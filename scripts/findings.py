@@ -1,0 +1,121 @@
+"""Fills the numbers of the findings into README.md and scripts/results/README.md.
+
+    python scripts/findings.py
+
+They come from the trainings of reproduce.py, its tables, and the trainings of init_scale.py.
+"""
+import json
+import re
+from collections.abc import Iterable
+
+from outputs import RESULTS, fill_in
+from reproduce import read_lines
+from reproduction.grid import POLICIES, PRESETS, SGD_LR, Cell, tuned_strength
+from reproduction.report import final_accuracy
+
+LINES = RESULTS / 'reproduce_cpu.jsonl'
+Table = dict[str, dict[str, str]]
+
+
+def tables() -> dict[str, Table]:
+    """Reads the tables of reproduce.py: title, then first cell of the row, then column, to cell."""
+    found = {}
+    for part in LINES.with_suffix('.md').read_text().split('## ')[1:]:
+        title, *lines = part.splitlines()
+        head, _, *rows = [line[2:-2].split(' | ') for line in lines if line.startswith('|')]
+        found[title] = {row[0]: dict(zip(head, row)) for row in rows}
+    return found
+
+
+def span(numbers: Iterable[float | str], digits: int = 0) -> str:
+    """Returns the lowest and the highest number as text."""
+    found = [float(number) for number in numbers]
+    return f'{min(found):.{digits}f} to {max(found):.{digits}f}'
+
+
+def of_rules() -> dict[str, str]:
+    """Returns the numbers on the eight rules at other learning rates and initializations, and on Figure 1."""
+    lines = read_lines(LINES)
+    accuracy = {cell: final_accuracy(line) for cell, line in lines.items()}
+
+    def at(lr: float, scale: float) -> dict[str, float]:
+        return {rule: accuracy[Cell('resnet10', 'ws', rule, lr, strength, scale)] for rule in POLICIES
+                if (strength := tuned_strength(rule, PRESETS['cpu'], accuracy)) is not None}
+
+    tuned, long, fast_long = at(SGD_LR, 1.), at(SGD_LR, 100.), at(10 * SGD_LR, 100.)
+    fast = [*at(10 * SGD_LR, 0.01).values(), *at(10 * SGD_LR, 1.).values(), *fast_long.values()]
+    without, with_decay = (
+        lines[Cell('resnet10', 'ws', 'l2', SGD_LR, decay)]['train_accuracy'][-1] for decay in (0., 0.01))
+    return {
+        'trainings': f'{len(lines)}',
+        'tuned': span(tuned.values()), 'tuned_l2': f'{tuned["l2"]:.1f}', 'tuned_aws': f'{tuned["aws"]:.1f}',
+        'tuned_decoupled': f'{tuned["aws_decoupled"]:.1f}',
+        'short': span(at(SGD_LR, 0.01).values()),
+        'long_others': span(long[rule] for rule in long if not rule.startswith('aws')),
+        'long_aws': f'{long["aws"]:.0f}', 'long_decoupled': f'{long["aws_decoupled"]:.0f}',
+        'slow': span([*at(SGD_LR / 10, 1.).values(), *at(SGD_LR / 10, 100.).values()]),
+        'fast': f'{max(fast):.0f}', 'fast_l2': f'{fast_long["l2"]:.0f}', 'fast_none': f'{fast_long["none"]:.0f}',
+        'fast_decoupled': f'{fast_long["aws_decoupled"]:.0f}',
+        'train_without': f'{without:.1f}', 'train_with': f'{with_decay:.1f}',
+    }
+
+
+def of_decay_and_alpha(decays: Table, alphas: Table) -> dict[str, str]:
+    """Returns the numbers on Tables 1 and 2."""
+    finite = {column: [row[column] for row in alphas.values() if re.fullmatch(r'[\d.]+', row[column])]
+              for column in alphas['1']}
+    return {
+        'decay_best': decays['0.01']['WS, SGD'],
+        'decay_larger': ', '.join(decays[strength]['WS, SGD'] for strength in ('0.1', '1', '10')),
+        'decay_plain': ', '.join(decays[strength]['SGD, no WS'] for strength in ('0.01', '0.1', '1', '10')),
+        'adam_100': decays['100']['WS, Adam (L2)'],
+        'coupled': span(finite['WS, SGD coupled']), 'decoupled': span(finite['WS, SGD decoupled']),
+        'adam_decoupled': span(finite['WS, Adam decoupled'] + finite['WN, Adam decoupled']),
+        'ws_coupled_100': f'{float(alphas["100"]["WS, Adam coupled"]):.0f}',
+        'wn_coupled_100': f'{float(alphas["100"]["WN, Adam coupled"]):.0f}',
+        'wn_decoupled_100': f'{float(alphas["100"]["WN, SGD decoupled"]):.0f}',
+    }
+
+
+def of_networks(networks: Table, differences: Table, tuned: Table) -> dict[str, str]:
+    """Returns the numbers on Table 3, without the signs of the differences."""
+    gain, loss, behind, matched = (row['points'].lstrip('+-') for row in differences.values())
+    return {
+        'gain': gain, 'loss': loss, 'behind': behind, 'matched': matched,
+        'tuned_behind': re.search(r'networks: -(\d.*) points', LINES.with_suffix('.md').read_text())[1],
+        'std': span((row['median std at the start'] for row in networks.values()), 2),
+        'best_l2': str([row['best λ'] for row in tuned.values()].count('0.01')),
+        'best_alpha': str([row['best α'] for row in tuned.values()].count('0.075')), 'networks': str(len(tuned)),
+    }
+
+
+def of_layers(layers: Table, scales: Table) -> dict[str, str]:
+    """Returns the numbers on Figures 2, 4, 5 and 6."""
+    found = {}
+    for name, rule in (('l2', 'L2, SGD, λ = 0.01'), ('aws', 'AWS, coupled, α = 0.25')):
+        _, start, later, growth, median = layers[rule].values()
+        found |= {f'apart_start_{name}': start, f'apart_{name}': later, f'growth_{name}': growth,
+                  f'rate_{name}': median, f'spread_{name}': scales[rule]['spread, points']}
+    return {**found, 'deviation': span(re.findall(r'± ([\d.]+)', str(scales)), 1)}
+
+
+def of_init_scale() -> dict[str, str]:
+    """Returns how many times the filter lengths of init_scale.py are apart at the start and at the end."""
+    lines = [json.loads(line) for line in (RESULTS / 'init_scale.jsonl').read_text().splitlines()]
+
+    def apart(rule: str, step: int) -> str:
+        stds = [line['median_std'][step] for line in lines if line['rule'] == rule]
+        return f'{max(stds) / min(stds):,.0f}'
+
+    return {'init_start': apart('AWS', 0), 'init_l2': apart('weight decay', -1), 'init_aws': apart('AWS', -1)}
+
+
+def values() -> dict[str, str]:
+    """Returns the numbers that the READMEs mark a place for."""
+    table1, table2, networks, differences, layers, scales, tuned, _ = tables().values()
+    return {**of_rules(), **of_decay_and_alpha(table1, table2), **of_networks(networks, differences, tuned),
+            **of_layers(layers, scales), **of_init_scale()}
+
+
+if __name__ == '__main__':
+    fill_in(values())
