@@ -186,7 +186,7 @@ def test_registering_from_threads_twice_and_after_timm_was_used(before, after):
 
 
 def test_networks_are_built_in_threads_while_another_runs():
-    model, image, done = timm.create_model('test_ws_resnet').eval(), torch.ones(1, 3, 48), threading.Event()
+    model, image, done = timm.create_model('test_ws_resnet').eval(), torch.ones(1, 3, 48, 48), threading.Event()
     expected, built = model(image), []
 
     def build():

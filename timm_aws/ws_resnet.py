@@ -169,12 +169,7 @@ def test_ws_resnet(pretrained: bool = False, **kwargs) -> NormalizedResNet:
 
 
 def _register_aws(name: str, checkpoint: str) -> None:
-    """Registers an entry point that builds a network as its checkpoint was trained with AWS.
-
-    Args:
-        name: Name of the entry point, `<architecture>_aws`.
-        checkpoint: Name of the checkpoint, `<architecture>.<tag>`.
-    """
+    """Registers `<architecture>_aws`, an entry point that loads `<architecture>.<tag>`."""
     architecture, _, default_tag = checkpoint.partition('.')
 
     def entry_point(pretrained: bool = False, **kwargs) -> NormalizedResNet:
