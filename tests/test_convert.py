@@ -7,6 +7,8 @@ import reference
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
 from timm.layers import BatchNormAct2d
 
 import timm_aws
@@ -193,3 +195,100 @@ def test_convert_on_timm_models(name, converted, left):
     timm_aws.convert(model, 'ws')
     assert sum(isinstance(m, WSConv2d) for m in model.modules()) == converted
     assert sum(type(m) is nn.Conv2d for m in model.modules()) == left
+
+
+class _Passes(nn.Module):
+    """Returns what a function of a convolution, a norm and an image returns."""
+
+    def __init__(self, norm, forward):
+        super().__init__()
+        self.conv, self.norm, self.function = nn.Conv2d(8, 8, 3, padding=1, bias=False), norm, forward
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class _Rms(nn.Module):
+    """A norm of somebody's own, under a name that says nothing."""
+
+    def forward(self, x):
+        return x / x.square().mean((1, 2, 3), keepdim=True).sqrt()
+
+
+class _NormGate(nn.Module):
+    """Called a norm, and none."""
+
+    def forward(self, x):
+        return x * x.square().mean((1, 2, 3), keepdim=True).sigmoid()
+
+
+def _eval(norm):
+    norm.eval()
+    return norm
+
+
+def _straight(m, x):
+    return m.norm(m.conv(x))
+
+
+FLOWS = {  # the norm, the forward, whether the length of the filters has no say in it
+    'batch norm': (nn.BatchNorm2d(8), _straight, True),
+    'sync batch norm': (nn.SyncBatchNorm(8), _straight, True),
+    'group norm': (nn.GroupNorm(2, 8), _straight, True),
+    'instance norm': (nn.InstanceNorm2d(8), _straight, True),
+    'a norm of its own': (_Rms(), _straight, True),
+    'batch norm without statistics': (_eval(nn.BatchNorm2d(8, track_running_stats=False)), _straight, True),
+    'batch norm that stays in evaluation': (_eval(nn.BatchNorm2d(8)), _straight, False),
+    'frozen batch norm of torchvision': (torchvision.ops.FrozenBatchNorm2d(8), _straight, False),
+    'frozen batch norm of timm': (timm.layers.FrozenBatchNormAct2d(8), _straight, False),
+    'response norm': (nn.LocalResponseNorm(2), _straight, False),
+    'global response norm': (timm.layers.grn.GlobalResponseNorm(8, channels_last=False), _straight, False),
+    'evolving norm': (timm.layers.EvoNorm2dS0(8, groups=4), _straight, False),
+    'a gate called a norm': (_NormGate(), _straight, False),
+    'other channels, batch norm': (nn.BatchNorm2d(16), lambda m, x: m.norm(torch.cat([m.conv(x), x], 1)), True),
+    'other channels, group norm': (nn.GroupNorm(1, 16), lambda m, x: m.norm(torch.cat([m.conv(x), x], 1)), False),
+    'other channels, a group each': (nn.GroupNorm(16, 16), lambda m, x: m.norm(torch.cat([m.conv(x), x], 1)), None),
+    'other images': (nn.BatchNorm2d(8), lambda m, x: m.norm(torch.cat([m.conv(x), x])), False),
+    'a penalty': (nn.BatchNorm2d(8), lambda m, x: m.norm(m.conv(x)) + m.conv.weight.square().sum(), False),
+    'a second use': (nn.BatchNorm2d(8), lambda m, x: m.norm(m.conv(x)) + F.conv2d(x, m.conv.weight, padding=1), False),
+    'its shape': (nn.BatchNorm2d(8), lambda m, x: (lambda y: m.norm(y).view(y.shape))(m.conv(x)), True),
+}
+
+
+@pytest.mark.parametrize('name', FLOWS)
+def test_convert_takes_a_convolution_exactly_where_its_length_has_no_say(name):
+    norm, forward, invariant = FLOWS[name]
+    model = _Passes(norm, forward)
+    left = reasons_to_leave(model)['conv']
+    if name == 'other channels, a group each':  # nn.GroupNorm is taken for one that mixes channels: left, to be safe
+        assert left == 'no norm follows'
+        return
+    assert (left is None) is invariant
+    if not isinstance(norm, nn.SyncBatchNorm):  # runs on a GPU alone
+        x = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+        output = model(x)
+        with torch.no_grad():
+            model.conv.weight.mul_(10)
+        assert (_relative_error(model(x), output.double()) < 1e-2) is invariant
+
+
+def test_a_network_in_evaluation_is_converted_as_it_will_train():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    assert reasons_to_leave(model) == {'0': None}
+    assert not model[1].training
+
+
+def test_looking_at_norms_draws_no_random_numbers_and_leaves_their_statistics():
+    model = _Passes(nn.Sequential(nn.Identity(), _Rms()), _straight)
+    model.norm.append(nn.BatchNorm2d(8, momentum=None))
+    state, statistics = torch.random.get_rng_state(), copy.deepcopy(model.state_dict())
+    reasons_to_leave(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, statistics[name]) for name, value in model.state_dict().items())
+
+
+def test_a_weight_that_a_plain_layer_shares_is_left():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU())
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match=r'0 \(shares its weight with 2\), 2 \(no norm follows\)'):
+        timm_aws.convert(model, 'ws')

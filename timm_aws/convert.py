@@ -1,5 +1,6 @@
 """The way into a network of normalized convolutions, and out of it: `convert` and `fold_normalization`."""
 import logging
+from collections import defaultdict
 from typing import Any
 
 import torch.nn as nn
@@ -85,11 +86,20 @@ def reasons_to_leave(model: nn.Module) -> dict[str, str | None]:
         Module name to reason or None, in the order of `named_modules`.
     """
     followed = {pair.conv for pair in conv_norm_pairs(model)}
-    return {
+    reasons = {
         name: _reason_to_leave(module, name in followed)
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d)
     }
+    layers_of: dict[Any, list[str]] = defaultdict(list)
+    for name, param in model.named_parameters(remove_duplicate=False):
+        layers_of[param].append(name.rpartition('.')[0])
+    for layers in layers_of.values():
+        plain = next((layer for layer in layers if reasons.get(layer, 'no convolution')), None)
+        for layer in layers:
+            if plain and layer in reasons and reasons[layer] is None:
+                reasons[layer] = f'shares its weight with {plain}'
+    return reasons
 
 
 def _plain_class(conv: nn.Conv2d) -> type[nn.Conv2d]:

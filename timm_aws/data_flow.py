@@ -1,8 +1,10 @@
 """Which norm layer follows which convolution in a network.
 
 Read off the data flow with torch.fx rather than off the order of definition: pre-activation blocks define a norm right
-behind a convolution whose output it never sees, and separable convolutions hide theirs in the parent module.
+behind a convolution whose output it never sees, and separable convolutions hide theirs in the parent module. A norm
+layer is what acts like one, whatever its name: see `norm_layers`.
 """
+import copy
 import threading
 from collections import defaultdict
 from collections.abc import Iterable
@@ -11,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx
 import torch.nn as nn
+from timm.layers import BatchNormAct2d, GroupNorm1, GroupNormAct, LayerNorm, LayerNorm2d, LayerNormAct2d
 
-__all__ = ['ConvNormPair', 'conv_norm_pairs']
+__all__ = ['ConvNormPair', 'conv_norm_pairs', 'norm_layers']
 
 
 class ConvNormPair(NamedTuple):
@@ -30,6 +33,7 @@ def conv_norm_pairs(root: nn.Module) -> list[ConvNormPair]:
 
     A module whose forward cannot be traced (control flow that depends on the data) is one opaque node of the graph
     around it; what is inside is then traced by itself. So a pair that spans the border of such a module is not found.
+    Not found either is a convolution whose weight the forward reads beside the convolution, in a penalty for example.
 
     Args:
         root: Network to trace; it is not run.
@@ -37,19 +41,93 @@ def conv_norm_pairs(root: nn.Module) -> list[ConvNormPair]:
     Returns:
         One pair for each such convolution, in order of execution.
     """
-    graph, opaque = _trace(root)
-    pairs = _pairs_in_graph(graph, root) if graph else []
+    return _pairs(root, norm_layers(root))
+
+
+def _pairs(root: nn.Module, norms: dict[nn.Module, bool]) -> list[ConvNormPair]:
+    graph, opaque = _trace(root, norms)
+    pairs = _pairs_in_graph(graph, root, norms) if graph else []
     for name, part in _outermost(root, opaque) if graph else root.named_children():
-        for conv, norm, exclusive in conv_norm_pairs(part):
+        for conv, norm, exclusive in _pairs(part, norms):
             pairs.append(ConvNormPair(f'{name}.{conv}', f'{name}.{norm}', exclusive))
     return pairs
+
+
+# Layers of these classes need no trial while they train. True: each channel by itself.
+_KNOWN_NORMS = {
+    nn.BatchNorm2d: True, nn.SyncBatchNorm: True, BatchNormAct2d: True, nn.InstanceNorm2d: True,
+    nn.GroupNorm: False, GroupNorm1: False, GroupNormAct: False,
+    nn.LayerNorm: False, LayerNorm: False, LayerNorm2d: False, LayerNormAct2d: False,
+}
+
+
+_NO_NORMS = {f'torch.nn.modules.{name}' for name in ('activation', 'container', 'dropout', 'linear', 'pooling')}
+
+
+def norm_layers(root: nn.Module) -> dict[nn.Module, bool]:
+    """Finds the norm layers of a network: they return the same for their input times 0.1 and times 10.
+
+    A copy of each candidate is tried on a few random numbers, in the mode in which it trains: a frozen norm, a batch
+    norm that stays in evaluation, an evolving or a response norm are none.
+
+    Args:
+        root: Network to look at; it is not run.
+
+    Returns:
+        Norm layer to whether it treats each channel by itself, so that each may be of another scale.
+    """
+    found = {}
+    for module in root.modules():
+        training = module.training or not root.training  # in a network in evaluation, all will train again
+        if type(module) in _KNOWN_NORMS and training:
+            found[module] = _KNOWN_NORMS[type(module)]
+        elif type(module).__module__ not in _NO_NORMS and not any(map(_has_filters, module.modules())):
+            x = torch.randn(2, _channels(module), 5, 6, generator=torch.Generator().manual_seed(0))
+            scales = torch.logspace(1, 3, x.shape[1])
+            for images, each_channel in ((x, scales.view(-1, 1, 1)), (x.permute(0, 2, 3, 1), scales)):
+                if _ignores(module, training, images, torch.tensor(100.)):
+                    found[module] = _ignores(module, training, images, each_channel)
+                    break
+    return found
+
+
+def _has_filters(module: nn.Module) -> bool:
+    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+
+
+def _channels(module: nn.Module) -> int:
+    sizes = [getattr(module, name, None) for name in ('num_features', 'num_channels')]
+    sizes += [tensor.numel() for tensor in (*module.parameters(), *module.buffers()) if tensor.numel() > 1]
+    return next((size for size in sizes if isinstance(size, int)), 4)
+
+
+@torch.no_grad()
+def _ignores(module: nn.Module, training: bool, x: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether a module returns the same for 0.1 * x and that times a scale."""
+    try:
+        module = copy.deepcopy(module)
+        on_meta = any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+        module = (module.to_empty(device='cpu') if on_meta else module.cpu()).float().train(training)
+        with torch.random.fork_rng(devices=[]):
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    tensor.uniform_(0.5, 1.5)  # a weight of zeros would hide what the layer does
+            outputs = []
+            for image in (0.1 * x, 0.1 * x * scale):
+                torch.manual_seed(0)  # of a dropout in it
+                outputs.append(module(image))
+        first, second = outputs
+        # The eps of a norm, up to 1e-3, shows at 0.1.
+        return bool((first - second).abs().max() <= 0.1 * first.abs().max())
+    except Exception:  # anything can come out of a forward that is given another input than it was made for
+        return False
 
 
 # What stands between a convolution and its norm without a say in the matter: it hands every channel on by itself, and
 # a channel of another length comes out as that much longer.
 _PASSING = (nn.Identity, nn.AvgPool2d, nn.MaxPool2d)
-_PASSING_FUNCTIONS = (torch.cat, 'permute', 'contiguous')
-_METADATA = (getattr, 'size', 'dim')  # looks at the shape, not at the values
+_PASSING_FUNCTIONS = ('permute', 'contiguous')
+_METADATA = ('size', 'dim')  # looks at the shape, not at the values
 
 
 # torch.fx replaces nn.Module.__call__ for all threads while it traces: one may do so at a time.
@@ -59,14 +137,15 @@ _TRACING = threading.Lock()
 class _Tracer(torch.fx.Tracer):
     """Traces down to single layers; modules of the `opaque` types are not looked into."""
 
-    def __init__(self, opaque: set[type]) -> None:
+    def __init__(self, opaque: set[type], norms: dict[nn.Module, bool]) -> None:
         super().__init__()
         self.opaque = opaque
+        self.norms = norms
         self.failed: nn.Module | None = None  # the innermost module whose forward could not be traced
         self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in self.opaque or next(m.children(), None) is None or _is_norm(m)
+        return type(m) in self.opaque or next(m.children(), None) is None or m in self.norms
 
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self.thread:  # a network that runs meanwhile
@@ -78,11 +157,11 @@ class _Tracer(torch.fx.Tracer):
             raise
 
 
-def _trace(root: nn.Module) -> tuple[torch.fx.Graph | None, set[type]]:
+def _trace(root: nn.Module, norms: dict[nn.Module, bool]) -> tuple[torch.fx.Graph | None, set[type]]:
     """Returns the graph, None if the root's own forward cannot be traced, and the types it does not look into."""
     opaque: set[type] = set()
     while True:
-        tracer = _Tracer(opaque)
+        tracer = _Tracer(opaque, norms)
         try:
             with _TRACING:
                 return tracer.trace(root), opaque
@@ -101,41 +180,49 @@ def _outermost(root: nn.Module, types: set[type]) -> Iterable[tuple[str, nn.Modu
             yield from ((f'{name}.{inner}', m) for inner, m in _outermost(child, types))
 
 
-def _pairs_in_graph(graph: torch.fx.Graph, root: nn.Module) -> list[ConvNormPair]:
+def _pairs_in_graph(graph: torch.fx.Graph, root: nn.Module, norms: dict[nn.Module, bool]) -> list[ConvNormPair]:
     modules: dict[Any, nn.Module] = dict(root.named_modules())
     calls: dict[Any, list[torch.fx.Node]] = defaultdict(list)
+    read = {node.target for node in graph.nodes if node.op == 'get_attr'}
     for node in graph.nodes:
         if node.op == 'call_module':
             calls[node.target].append(node)
     pairs = []
     for conv, nodes in calls.items():
-        if isinstance(modules[conv], nn.Conv2d):
-            norms = [_norms_behind(node, modules) for node in nodes]
-            if all(norms):
-                norm = norms[0][0]
+        if isinstance(modules[conv], nn.Conv2d) and f'{conv}.weight' not in read:
+            behind = [_norms_behind(node, modules, norms) for node in nodes]
+            if all(behind):
+                norm = behind[0][0]
                 alone = len(nodes) == len(calls[norm.target]) == 1 and list(nodes[0].users) == [norm]
                 pairs.append(ConvNormPair(conv, str(norm.target), alone))
     return pairs
 
 
-def _norms_behind(node: torch.fx.Node, modules: dict[Any, nn.Module]) -> list[torch.fx.Node]:
-    """Returns the calls of norm layers that take the output of a node, none if anything else takes it as well."""
-    norms = []
+def _norms_behind(
+        node: torch.fx.Node,
+        modules: dict[Any, nn.Module],
+        norms: dict[nn.Module, bool],
+        each_channel: bool = False,
+) -> list[torch.fx.Node]:
+    """Returns the calls of norm layers that take the output of a node, none if anything else takes it as well.
+
+    With `each_channel`, something of another scale may be in other channels: the norm has to take each by itself.
+    """
+    found = []
     for user in node.users:
         module = modules[user.target] if user.op == 'call_module' else None
-        if module is not None and _is_norm(module):
-            norms.append(user)
-        elif isinstance(module, _PASSING) or user.target in _PASSING_FUNCTIONS:
-            behind = _norms_behind(user, modules)
+        if module in norms and (norms[module] or not each_channel):
+            found.append(user)
+        elif isinstance(module, _PASSING) or user.target in _PASSING_FUNCTIONS or _joins_channels(user):
+            behind = _norms_behind(user, modules, norms, each_channel or user.target is torch.cat)
             if not behind:
                 return []
-            norms += behind
-        elif user.target not in _METADATA:
+            found += behind
+        elif not (user.target in _METADATA or (user.target is getattr and user.args[1] in ('shape', 'ndim', 'dtype'))):
             return []
-    return norms
+    return found
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """Tells norm layers by name, as timm's have no base class in common, and apart from blocks like ConvNormAct."""
-    return 'norm' in type(module).__name__.lower() and not any(
-        isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) for m in module.modules())
+def _joins_channels(node: torch.fx.Node) -> bool:
+    dim = node.kwargs.get('dim', node.args[1] if len(node.args) > 1 else 0)
+    return node.target is torch.cat and dim in (1, -3)
