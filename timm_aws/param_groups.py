@@ -1,6 +1,7 @@
 """Parameter groups: which parameters are normalized weights, and the split of groups by it."""
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 import torch.nn as nn
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.optim import param_groups_weight_decay
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.fx import GraphModule
+from torch.nn.utils.parametrize import ParametrizationList
 
+from .invariance import tried, uses_in_graph
 from .layers import NormalizedConv2d
 from .rule import DEFAULT_ALPHA, filter_length, shrink_factor
 
@@ -21,35 +24,54 @@ _FOREIGN = '(not of the model)'  # the name of a parameter that a user adds, one
 def normalized_weights(model: nn.Module) -> dict[str, str]:
     """Finds the parameters whose length does not change the model's output.
 
-    Found are the weights of this package's layers, of timm's StdConv2d, StdConv2dSame, ScaledStdConv2d and
-    ScaledStdConv2dSame, and the directions of torch's weight_norm (dim=0) in its old and its parametrized form.
+    A parameter is judged by what its layer does with it. The classes of this package and timm's StdConv2d and
+    ScaledStdConv2d are known. Any other convolution or linear layer that computes its weight (torch's weight_norm,
+    pruning, a parametrization, a subclass) is tried: it must return the same for filters of other lengths. In a
+    torch.fx graph, what the graph computes from the parameter is tried alike. A parameter that any layer uses as it is,
+    beside another that normalizes it, is not normalized.
 
     Args:
-        model: Any module, wrapped or compiled ones too.
+        model: Any module, wrapped, compiled or traced by torch.fx too.
 
     Returns:
-        Name in `named_parameters` to normalization, 'ws', 'wn' or 'cwn', in the order of `named_modules`.
+        Name in `named_parameters` to normalization, 'ws', 'wn' or 'cwn'.
+
+    Raises:
+        ValueError: If a part of the model is TorchScript, which hides what its layers do.
     """
+    uses: dict[Any, list[str | None]] = defaultdict(list)
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f'{type(model).__name__} holds a TorchScript module, which hides if its weights are normalized: make '
+                f'the optimizer or the parameter groups before torch.jit.script or torch.jit.trace.'
+            )
+        for param, normalization in uses_in_graph(module) if isinstance(module, GraphModule) else _uses(module):
+            uses[param].append(normalization)
     return {
-        f'{prefix}.{name}' if prefix else name: normalization
-        for prefix, module in model.named_modules()
-        for name, normalization in _normalized_in(module)
+        name: uses[param][0] for name, param in model.named_parameters() if uses[param] and all(uses[param])  # type: ignore
     }
 
 
-def _normalized_in(module: nn.Module) -> Iterable[tuple[str, str]]:
-    """Yields the module's own normalized parameters with their normalization."""
-    if isinstance(module, NormalizedConv2d):
-        yield 'weight', module.normalization
-    elif isinstance(module, (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)):
-        yield 'weight', 'ws'
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.dim == 0:
-            yield f'{hook.name}_v', 'wn'
+def _uses(module: nn.Module) -> Iterable[tuple[nn.Parameter, str | None]]:
+    """Yields the parameters of two dimensions and more that a module uses itself, with their normalization."""
+    if isinstance(module, ParametrizationList) or type(module) is nn.Module:  # its layer uses it; or a graph does
+        return
+    own = dict(module.named_parameters(recurse=False))
     for name, parametrizations in getattr(module, 'parametrizations', {}).items():
-        # The class is private to torch, its name and `dim` are all there is to know it by.
-        if type(parametrizations[0]).__name__ == '_WeightNorm' and parametrizations[0].dim == 0:
-            yield f'parametrizations.{name}.original1', 'wn'
+        originals = parametrizations.named_parameters(recurse=False)
+        own.update({f'parametrizations.{name}.{original}': param for original, param in originals})
+    known = module.normalization if isinstance(module, NormalizedConv2d) else None
+    if isinstance(module, (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)):
+        known = 'ws'
+    is_plain = 'weight' in own and not module._forward_pre_hooks
+    for name, param in own.items():
+        if param.ndim < 2:
+            continue
+        if is_plain and (known or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+            yield param, known if name == 'weight' else None
+        else:
+            yield param, tried(module, name, known)
 
 
 @torch.no_grad()
@@ -158,7 +180,9 @@ def split_normalized(
         for normalization, half in halves.items():
             split: dict[str, Any] = {'params': half, 'param_names': [name_of.get(param, _FOREIGN) for param in half]}
             if normalization is not None:
-                split.update({'normalization': normalization, alpha_key: alpha, 'weight_decay': 0.})
+                split.update({'normalization': normalization, alpha_key: alpha})
+                if alpha != 0:
+                    split['weight_decay'] = 0.  # which the shrink replaces
             elif alpha_key not in keys:
                 split.update({'normalization': None, alpha_key: 0.})
             out.append({**keys, **split})

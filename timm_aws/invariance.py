@@ -1,0 +1,120 @@
+"""Trials of what cannot be known by its class: does the length of a parameter's filters change what is made of it?"""
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn as nn
+from torch.func import functional_call
+
+__all__ = ['tried', 'uses_in_graph']
+
+
+def tried(module: nn.Module, name: str, known: str | None = None) -> str | None:
+    """Runs a layer with filters of other lengths, on random numbers.
+
+    Args:
+        module: A layer with in_channels and kernel_size, or in_features; another cannot be tried. It is not changed.
+        name: Name of one of its parameters, (out_channels, ...).
+        known: What the normalization is if the layer normalizes the parameter at all; None to find that out too.
+
+    Returns:
+        'ws' or 'wn', or what is known; None where the output changes, or where the layer cannot be tried.
+    """
+    if hasattr(module, 'kernel_size') and hasattr(module, 'in_channels'):
+        shape = [module.in_channels, *(2 * d * k for k, d in zip(module.kernel_size, module.dilation))]  # type: ignore
+    elif hasattr(module, 'in_features'):
+        shape = [module.in_features]
+    else:
+        return None
+    param = module.get_parameter(name)
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(param)
+    # Buffers are handed over too, so that those that a forward changes (spectral norm's) stay what they are.
+    buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
+
+    def output(value: torch.Tensor) -> list[torch.Tensor]:
+        return [functional_call(module, {**buffers, name: value}, (x,))]
+
+    try:
+        return _normalization(param, output, known)
+    except Exception:  # anything can come out of a layer that is given another input than it was made for
+        return None
+
+
+def uses_in_graph(module: torch.fx.GraphModule) -> Iterable[tuple[nn.Parameter, str | None]]:
+    """Tries what a graph computes from each of its parameters before any input comes in.
+
+    Args:
+        module: Trace of a network, or of a part of it.
+
+    Returns:
+        Parameters of two dimensions and more that the graph reads, with 'ws', 'wn', or None where it uses their length.
+    """
+    constant: dict[torch.fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == 'get_attr' or (
+                node.op in ('call_function', 'call_method') and node.all_input_nodes
+                and all(read in constant for read in node.all_input_nodes)):
+            constant[node] = None
+    for node in constant:
+        if node.op != 'get_attr':
+            continue
+        param = _attribute(module, str(node.target))
+        if isinstance(param, nn.Parameter) and param.ndim >= 2:
+            def output(value: torch.Tensor, node: torch.fx.Node = node) -> list[torch.Tensor]:
+                return _leaving(module, constant, node, value)
+
+            yield param, _normalization(param, output, None)
+
+
+def _leaving(
+        module: torch.fx.GraphModule,
+        constant: Iterable[torch.fx.Node],
+        changed: torch.fx.Node,
+        value: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Returns what the input meets of all that depends on a changed parameter."""
+    values: dict[torch.fx.Node, Any] = {changed: value}
+    depend = {changed}
+    for node in constant:
+        if node.op == 'get_attr':
+            values.setdefault(node, _attribute(module, str(node.target)))
+            continue
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == 'call_method':
+            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        if depend & set(node.all_input_nodes):
+            depend.add(node)
+    return [values[node] for node in depend
+            if isinstance(values[node], torch.Tensor) and any(user not in values for user in node.users)]
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    for name in target.split('.'):
+        module = getattr(module, name)
+    return module
+
+
+@torch.no_grad()
+def _normalization(
+        param: torch.Tensor,
+        output: Callable[[torch.Tensor], list[torch.Tensor]],
+        known: str | None,
+) -> str | None:
+    """Compares outputs for filters of other lengths and, if the normalization is not known, of other means."""
+    generator = torch.Generator().manual_seed(1)
+    filters = torch.randn(param.shape, generator=generator).to(param)
+    each_filter = (-1, *[1] * (param.ndim - 1))
+    scales = torch.logspace(-0.5, 0.5, param.shape[0]).view(each_filter).to(param)
+    with torch.random.fork_rng(devices=[]):
+        expected = output(filters)
+        if not _equal(expected, output(filters * (10 * scales))):
+            return None
+        centered = known is None and _equal(expected, output(filters + scales))
+    return known or ('ws' if centered else 'wn')
+
+
+def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all((one - other).abs().max() <= 1e-2 * one.abs().max() for one, other in zip(first, second))
