@@ -1,5 +1,6 @@
 """What timm's factory makes of our names, and that it is left alone for every other."""
 import argparse
+import copy
 import importlib
 import subprocess
 import sys
@@ -235,3 +236,64 @@ assert type(create_optimizer_v2(timm.create_model('test_ws_resnet'), 'aws_sgd'))
 '''
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, '', '')
+
+
+def _frozen_but_for_the_classifier():
+    model = timm.create_model('test_ws_resnet', num_classes=3)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name.startswith('fc'))
+    return model, create_optimizer_v2(model, 'aws_sgd', lr=0.1, weight_decay=0.1)
+
+
+def test_a_group_that_is_added_later_is_split_into_normalized_weights_and_the_rest():
+    model, optimizer = _frozen_but_for_the_classifier()
+    rest = [param for name, param in model.named_parameters() if not name.startswith('fc')]
+    optimizer.add_param_group({'params': rest, 'lr': 0.01})
+    expected = timm_aws.normalized_weights(model)
+    seen = set()
+    for group in optimizer.param_groups:
+        for name in group['param_names']:
+            assert group['normalization'] == expected.get(name)
+            assert group['alpha'] == (2.5e-3 if name in expected else 0)
+            assert group['lr'] == (0.1 if name.startswith('fc') else 0.01)
+            seen.add(name)
+    assert seen == {name for name, _ in model.named_parameters()}
+
+
+def test_a_group_that_is_added_with_names_is_no_classifier_that_is_shrunk():
+    _, optimizer = _frozen_but_for_the_classifier()
+    head = nn.Linear(4, 3)
+    optimizer.add_param_group({'params': list(head.parameters()), 'param_names': ['head.weight', 'head.bias']})
+    assert [group['alpha'] for group in optimizer.param_groups if 'head.weight' in group['param_names']] == [0.]
+
+
+def test_a_copy_refuses_what_nothing_says_is_normalized_and_takes_what_is_named():
+    optimizer = copy.deepcopy(_frozen_but_for_the_classifier()[1])
+    count = len(optimizer.param_groups)
+    weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r'normalization=None.*name their normalization'):
+        optimizer.add_param_group({'params': [weight]})
+    assert len(optimizer.param_groups) == count
+    optimizer.add_param_group({'params': [weight], 'normalization': 'wn', 'alpha': 0.5})
+    assert optimizer.param_groups[-1]['param_names'] == [f'{count}.0']
+
+
+@pytest.mark.parametrize('make', [
+    lambda params: AwsSGD(params),
+    lambda params: AwsAdam(params, alpha=0.5),
+    lambda params: create_optimizer_v2(params, 'aws_sgd', lr=0.1, alpha=0.5),
+    lambda params: create_optimizer_v2(params, 'aws_lion', lr=0.1),
+])
+def test_bare_parameters_are_not_shrunk_without_a_word(make):
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    with pytest.warns(UserWarning, match=r'shrinks 2 tensors of shapes \(2, 5\), \(5, 3\), though nothing says'):
+        optimizer = make(model.parameters())
+    assert type(optimizer.param_groups[0]['normalization']) is str
+
+
+def test_named_or_unshrunk_parameters_give_no_warning(recwarn):
+    weight = nn.Parameter(torch.ones(2, 2))
+    AwsSGD([weight], normalization='ws')
+    AwsSGD([weight], alpha=0.)
+    AwsSGD([nn.Parameter(torch.ones(2))])
+    assert not [warning for warning in recwarn if 'nothing says' in str(warning.message)]

@@ -4,6 +4,7 @@ Every optimizer of this package has this in common.
 """
 import math
 import warnings
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -11,7 +12,14 @@ import torch
 
 from .rule import get_normalization, is_on_cpu, shrink_multiplier
 
-__all__ = ['ShrinkGroups']
+__all__ = ['UNNAMED', 'ShrinkGroups', 'Unnamed']
+
+
+class Unnamed(str):
+    """The normalization of weights for which nobody has named one."""
+
+
+UNNAMED = Unnamed('ws')
 
 
 class ShrinkGroups(torch.optim.Optimizer):
@@ -21,25 +29,59 @@ class ShrinkGroups(torch.optim.Optimizer):
     """
     alpha_key = 'alpha'
     _has_warned = False
+    _split: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None  # of the model that timm's factory got
 
     def _set_shrink(self, **options: Any) -> None:
         self.defaults.update(options)
         for group in self.param_groups:
             self._complete_group(group)
+            _check_group(group, self.defaults, self.alpha_key)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        if self.alpha_key in self.defaults:  # not yet while the base constructor adds the first groups
-            try:
-                self._complete_group(self.param_groups[-1])
-            except (TypeError, ValueError):
-                del self.param_groups[-1]
-                raise
+        """Adds a group. What timm's factory made from a model splits it into normalized weights and the rest.
+
+        Args:
+            param_group: Parameters and options. With `alpha` or `normalization` among them it is taken as it is.
+
+        Raises:
+            TypeError: If an option is of the wrong type.
+            ValueError: If an option is out of range, or if nothing says whether the weights are normalized.
+        """
+        if self.alpha_key not in self.defaults:  # the base constructor adds the first groups
+            super().add_param_group(param_group)
+            return
+        is_named = self.alpha_key in param_group or 'normalization' in param_group
+        count = len(self.param_groups)
+        try:
+            for group in [param_group] if is_named or self._split is None else self._split([param_group]):
+                self._complete_group(group)
+                if self.param_groups and 'param_names' in self.param_groups[0]:
+                    params = [group['params']] if isinstance(group['params'], torch.Tensor) else list(group['params'])
+                    names = [f'{len(self.param_groups)}.{index}' for index in range(len(params))]
+                    group = {'param_names': names, **group, 'params': params}
+                super().add_param_group(group)
+                _check_group(self.param_groups[-1], self.defaults, self.alpha_key)
+        except (TypeError, ValueError):
+            del self.param_groups[count:]
+            raise
 
     def _complete_group(self, group: dict[str, Any]) -> None:
         for key in self._shrink_keys():
             group.setdefault(key, self.defaults[key])
-        _check_group(group, self.defaults, self.alpha_key)
+        if isinstance(group['normalization'], Unnamed):
+            group['normalization'] = str(group['normalization'])
+            self._warn_of_unnamed(group)
+
+    def _warn_of_unnamed(self, group: dict[str, Any]) -> None:
+        params = [group['params']] if isinstance(group['params'], torch.Tensor) else group['params']
+        shapes = [str(tuple(param.shape)) for param in params if isinstance(param, torch.Tensor) and param.ndim >= 2]
+        if shapes and group[self.alpha_key] != 0:
+            warnings.warn(
+                f'{type(self).__name__} shrinks {len(shapes)} tensors of shapes {", ".join(sorted(set(shapes)))}, '
+                f'though nothing says that a layer normalizes them: give timm_aws.param_groups_aws(model), or name '
+                f"normalization='ws' if one does.",
+                stacklevel=2,
+            )
 
     def _shrink_keys(self) -> list[str]:
         return [key for key in (self.alpha_key, 'normalization', 'decoupled') if key in self.defaults]
@@ -74,6 +116,7 @@ class ShrinkGroups(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             self._complete_group(group)
+            _check_group(group, self.defaults, self.alpha_key)
 
     def _multiplier(self, group: dict[str, Any], param: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """Computes the decoupled shrink of a parameter, and warns once if it takes a whole filter away."""

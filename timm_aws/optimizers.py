@@ -15,7 +15,7 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from .group_options import ShrinkGroups
+from .group_options import UNNAMED, ShrinkGroups
 from .rule import DEFAULT_ALPHA, add_shrink, filter_length, shrink_factor
 
 __all__ = ['AwsAdam', 'AwsSGD']
@@ -155,7 +155,7 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
             nesterov: bool = False,
             *,
             alpha: float = DEFAULT_ALPHA,
-            normalization: str | None = 'ws',
+            normalization: str | None = UNNAMED,
             decoupled: bool = False,
             maximize: bool = False,
             foreach: bool | None = None,
@@ -170,7 +170,7 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
             weight_decay: Weight decay of what is not shrunk, added to the gradient.
             nesterov: Nesterov momentum.
             alpha: Shrink coefficient, 0 turns the shrink off.
-            normalization: How the weights are normalized: 'ws', 'wn' or 'cwn'.
+            normalization: How the weights are normalized: 'ws', 'wn' or 'cwn'. Left out: 'ws', with a warning.
             decoupled: Whether the shrink acts on the weight directly rather than through the momentum buffer.
             maximize: Climb the gradient. The shrink shrinks all the same.
             foreach: torch's multi-tensor update, its default on CUDA.
@@ -241,7 +241,7 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
             amsgrad: bool = False,
             *,
             alpha: float = DEFAULT_ALPHA,
-            normalization: str | None = 'ws',
+            normalization: str | None = UNNAMED,
             decoupled: bool = True,
             maximize: bool = False,
             foreach: bool | None = None,
@@ -257,7 +257,7 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
             weight_decay: Weight decay of what is not shrunk.
             amsgrad: Use the maximum of the second moments so far.
             alpha: Shrink coefficient, 0 turns the shrink off.
-            normalization: How the weights are normalized: 'ws', 'wn' or 'cwn'.
+            normalization: How the weights are normalized: 'ws', 'wn' or 'cwn'. Left out: 'ws', with a warning.
             decoupled: Whether shrink and weight decay act on the weight directly rather than through the gradient.
             maximize: Climb the gradient. The shrink shrinks all the same.
             foreach: torch's multi-tensor update, its default on CUDA.

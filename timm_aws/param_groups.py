@@ -171,14 +171,16 @@ def split_normalized(
     for group in groups:
         keys: dict[str, Any] = {'params': [group]} if isinstance(group, torch.Tensor) else group
         params = [keys['params']] if isinstance(keys['params'], torch.Tensor) else list(keys['params'])
+        names = keys.get('param_names') or [name_of.get(param, _FOREIGN) for param in params]
         halves: dict[str | None, list[Any]] = {}
-        for param in params:
+        for param, name in zip(params, names):
             if not isinstance(param, torch.Tensor):
                 raise TypeError(f'A parameter group holds a {type(param).__name__}: give parameters, without names.')
             normalization = None if alpha_key in keys else normalization_of.get(name_of.get(param, _FOREIGN))
-            halves.setdefault(normalization, []).append(param)
+            halves.setdefault(normalization, []).append((param, name))
         for normalization, half in halves.items():
-            split: dict[str, Any] = {'params': half, 'param_names': [name_of.get(param, _FOREIGN) for param in half]}
+            split: dict[str, Any] = {
+                'params': [param for param, _ in half], 'param_names': [name for _, name in half]}
             if normalization is not None:
                 split.update({'normalization': normalization, alpha_key: alpha})
                 if alpha != 0:

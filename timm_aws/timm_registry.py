@@ -89,10 +89,16 @@ def _create_optimizer(
     opt_class: Any = info.opt_class
 
     def split_and_create(params: Any, record: str | None = None, **options: Any) -> torch.optim.Optimizer:
-        if isinstance(model_or_params, nn.Module):
+        if not isinstance(model_or_params, nn.Module):
+            optimizer = opt_class(params, **options)
+        else:
             alpha = options.get('alpha', DEFAULT_ALPHA)
             params = split_normalized(params, model_or_params, alpha, opt_class.alpha_key)
-        optimizer = opt_class(params, **options)
+            optimizer = opt_class(params, **options)
+            # A group that is added later is split alike. A copy of the optimizer, which has no model, refuses it.
+            optimizer._split = functools.partial(
+                split_normalized, model=model_or_params, alpha=alpha, alpha_key=opt_class.alpha_key)
+            optimizer.defaults['normalization'] = None
         if record:
             Recorder(optimizer, record)
         return optimizer

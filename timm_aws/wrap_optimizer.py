@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .group_options import ShrinkGroups
+from .group_options import UNNAMED, ShrinkGroups
 from .rule import DEFAULT_ALPHA, filter_length
 
 __all__ = ['aws_optimizer']
@@ -21,7 +21,7 @@ class _DecoupledShrink(ShrinkGroups):
             params: Iterable[Any],
             *args: Any,
             alpha: float = DEFAULT_ALPHA,
-            normalization: str | None = 'ws',
+            normalization: str | None = UNNAMED,
             **options: Any,
     ) -> None:
         accepted = inspect.signature(self.base).parameters

@@ -25,7 +25,7 @@ Params = list[torch.nn.Parameter]
 def _grouped(params: Params) -> list[dict[str, Any]]:
     """Returns groups that shrink the convolutions and decay the rest. In torch's rows everything decays."""
     return [
-        {'params': [p for p in params if p.ndim == 4]},
+        {'params': [p for p in params if p.ndim == 4], 'normalization': 'ws'},
         {'params': [p for p in params if p.ndim != 4], 'alpha': 0., 'normalization': None, 'weight_decay': DECAY},
     ]
 
