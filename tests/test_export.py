@@ -90,6 +90,14 @@ def test_config_is_what_timm_reads(checkpoint_folder):
     assert cfg['pool_size'] == [2, 2]
 
 
+def test_number_of_classes_stands_in_one_place(checkpoint_folder):
+    """transformers passes num_classes and model_args to timm.create_model: the key in both is a TypeError."""
+    config = json.loads((checkpoint_folder / 'config.json').read_text())
+    model = timm.create_model(config['architecture'], **config['model_args'], num_classes=config['num_classes'])
+    assert model.num_classes == 4
+    assert timm.create_model(f'local-dir:{checkpoint_folder}').num_classes == 4
+
+
 def test_images_may_be_of_another_size_than_in_training(train_run, tmp_path):
     main(['export', str(train_run()), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit',
           '--img-size', '64'])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from checkpoint_files import fit_results
+from checkpoint_files import REPO, fit_results
 from safetensors.torch import load_file, save_file
 from timm.models import get_pretrained_cfg, load_state_dict
 
@@ -52,16 +52,41 @@ def test_it_has_two_hundred_classes_with_names_and_takes_64_pixels(model):
     assert timm.create_model('ws_resnet50').num_classes == 1000
 
 
-def test_num_classes_and_in_chans_adapt_as_everywhere_in_timm(model):
-    other = timm.create_model('ws_resnet50_aws', pretrained=True, num_classes=7, in_chans=1)
+def test_num_classes_adapts_as_everywhere_in_timm(model):
+    other = timm.create_model('ws_resnet50_aws', pretrained=True, num_classes=7)
     assert other.fc.weight.shape == (7, 2048)
     assert torch.equal(other.layer4[2].conv3.weight, model.layer4[2].conv3.weight)
-    # In the precision of the file: timm adapts what is stored.
-    assert torch.allclose(other.conv1.weight, model.conv1.weight.sum(1, keepdim=True), rtol=1e-3, atol=1e-4)
     embedding = timm.create_model('ws_resnet50_aws', pretrained=True, num_classes=0).eval()
     with torch.inference_mode():
         image = torch.ones(1, 3, 64, 64)
         assert torch.equal(embedding(image), model.forward_head(model.forward_features(image), pre_logits=True))
+
+
+def _assert_same_logits(name, in_chans, **kwargs):
+    """Compares gray pictures in so many equal channels with the same pictures as RGB."""
+    gray = torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = timm.create_model(name, pretrained=True, **kwargs).eval()(gray.expand(-1, 3, -1, -1))
+        model = timm.create_model(name, pretrained=True, in_chans=in_chans, **kwargs).eval()
+        error = (model(gray.expand(-1, in_chans, -1, -1)) - expected).abs().max()
+    assert error < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize('in_chans', [1, 6])
+def test_gray_pictures_give_the_logits_of_the_same_pictures_as_rgb(hub, checkpoint_folder, in_chans):
+    publish(checkpoint_folder, REPO)
+    for name in ('ws_resnet50_aws', f'local-dir:{checkpoint_folder}', f'hf-hub:{REPO}'):
+        _assert_same_logits(name, in_chans)
+
+
+@pytest.mark.parametrize('in_chans', [1, 3, 6, 9])
+@pytest.mark.parametrize('normalization', ['ws', 'wn', 'cwn'])
+def test_every_normalization_keeps_its_output_for_gray_pictures(normalization, in_chans):
+    torch.manual_seed(0)
+    model = timm.create_model('test_ws_resnet', normalization=normalization)
+    model(torch.randn(8, 3, 64, 64))  # running statistics of its own
+    overlay = {'state_dict': model.state_dict(), 'input_size': (3, 64, 64)}
+    _assert_same_logits('test_ws_resnet', in_chans, normalization=normalization, pretrained_cfg_overlay=overlay)
 
 
 def test_features_only_gives_the_features_of_the_trained_network(model):

@@ -10,12 +10,22 @@ Papers:
 """
 from typing import Any
 
+import torch
+import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    adapt_input_conv,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .checkpoint.folder import check_source, own_cfgs
 from .convert import normalize_convs
+from .layers import NormalizedConv2d, normalize_filters
+from .rule import NORMALIZATIONS
 
 __all__ = ['NormalizedResNet', 'list_models']  # register_model adds each entry point to this
 
@@ -39,7 +49,36 @@ def _create_ws_resnet(variant: str, pretrained: bool = False, **kwargs) -> Norma
     if pretrained:
         check_source(resolve_pretrained_cfg(
             variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')))
-    return build_model_with_cfg(NormalizedResNet, variant, pretrained, **kwargs)
+    return build_model_with_cfg(NormalizedResNet, variant, pretrained, pretrained_filter_fn=_fold_stem, **kwargs)
+
+
+def _fold_stem(state_dict: dict[str, torch.Tensor], model: NormalizedResNet) -> dict[str, torch.Tensor]:
+    """Folds the stem where timm is about to sum or repeat its filters V for another number of input channels.
+
+    The layer normalizes what timm makes of them once more, to (V - mean V) / s. The batch norm behind it takes 1 / s up
+    in its running statistics, so its output is that of the convolution with V - mean V. The mean is 0 for one channel
+    and for a multiple of the trained number.
+    """
+    modules = list(model.named_modules())
+    index, name, conv = next((i, n, m) for i, (n, m) in enumerate(modules) if isinstance(m, nn.Conv2d))
+    norm, bn = modules[index + 1]
+    weight = state_dict.get(f'{name}.weight')
+    if weight is None or weight.shape[1] == conv.in_channels or not isinstance(conv, NormalizedConv2d):
+        return state_dict
+    kind = NORMALIZATIONS[conv.normalization]
+    folded = normalize_filters(weight.float(), *kind)
+    adapted = adapt_input_conv(conv.in_channels, folded, base_chans=weight.shape[1])
+    unit = normalize_filters(adapted, *kind)
+    scale = (adapted * unit).flatten(1).sum(1) / (unit * unit).flatten(1).sum(1).clamp_min(1e-30)
+    scale = scale.where(scale > 0, 1)  # a filter that sums to 0 stays one
+    state_dict = {**state_dict, f'{name}.weight': folded}
+    if f'{norm}.running_var' in state_dict:
+        mean, variance, gain = (state_dict[f'{norm}.{key}'] for key in ('running_mean', 'running_var', 'weight'))
+        state_dict[f'{norm}.running_mean'] = mean / scale
+        state_dict[f'{norm}.running_var'] = variance / scale ** 2
+        # The norm adds the same eps to a variance of another size.
+        state_dict[f'{norm}.weight'] = gain * ((variance + bn.eps * scale ** 2) / (variance + bn.eps)).sqrt()
+    return state_dict
 
 
 def _cfg(url: str = '', **kwargs) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import yaml
 from timm.data import create_dataset, resolve_data_config
 from timm.models import save_for_hf
 
-from .folder import ARGS, CARD, CONFIG, CURVES, PICTURE, RESULTS, WEIGHTS, sha256
+from .folder import ARGS, CARD, CONFIG, CURVES, PICTURE, RESULTS, WEIGHTS, read_json, sha256
 from .model_card import model_card
 from .train_run import Checkpoint, find_checkpoint, layers_of, load_checkpoint, stages_of
 
@@ -139,6 +139,9 @@ def _write_config(
         raise ValueError(f'{labels} names {len(names)} classes, the network has {model.num_classes}.')
     save_for_hf(  # with weights, which _write_weights replaces
         model, str(folder), model_config=config, model_args=args['model_kwargs'] or None, safe_serialization=True)
+    exported = read_json(folder / CONFIG)
+    exported.get('model_args', {}).pop('num_classes', None)  # transformers passes it a second time and fails
+    (folder / CONFIG).write_text(json.dumps(exported, indent=2), encoding='utf-8')
     settings = {key: value for key, value in args.items() if key not in _PLACES}
     (folder / ARGS).write_text(yaml.safe_dump(settings), encoding='utf-8')
 
