@@ -38,7 +38,7 @@ Each number is the median over interleaved rounds; each ratio compares with the 
   networks of {smallest} to {largest} million. Many small tensors cost more: 1,024 tensors take {tensors} times as long
   as 64 tensors with the same number of parameters. Short filters cost more: filters of 4 elements take {fan_in} times
   as long as filters of 64. With momentum, a step allocates at most {peak} times the size of the largest weight.
-- **Recorder.** A `Recorder` at its default interval makes training {recorder} % slower.
+- **Recorder.** A `Recorder` of every 50th step makes training {recorder} % slower.
 - **Long runs.** Over {steps} steps in one process, memory grew by {memory} % at most. The time of a step grew by
   {time} % at most, relative to torch's. Recompiled graphs: {graphs}.
 """

@@ -1,6 +1,8 @@
 """The record of effective learning rates: its figures, a resume, a killed run, and the rates that theory gives."""
 import csv
-import math
+import importlib.util
+import sys
+import warnings
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import timm_aws
 from timm_aws.record import COLUMNS
+from timm_aws.wrap_optimizer import aws_optimizer
 from timm_aws_cli import main
 
 
@@ -120,13 +123,14 @@ def test_record_of_another_run_is_not_overwritten(tmp_path):
 def test_factory_takes_a_file_to_record_into(tmp_path, opt):
     model, optimizer = make(opt=opt, record=str(tmp_path / 'run.csv'))
     train(model, optimizer, 2)
-    assert {row['step'] for row in rows_of(tmp_path / 'run.csv')} == {'1'}
+    assert {row['step'] for row in rows_of(tmp_path / 'run.csv')} == {'1', '2'}
 
 
 def test_refusals(tmp_path):
     model, optimizer = make()
-    with pytest.raises(ValueError, match='Invalid every: 0'):
-        timm_aws.Recorder(optimizer, tmp_path / 'run.csv', 0)
+    for every in (0, 2.5, 'often'):
+        with pytest.raises(ValueError, match='Invalid every'):
+            timm_aws.Recorder(optimizer, tmp_path / 'run.csv', every)
     with pytest.raises(ValueError, match='holds normalized weights'):
         timm_aws.Recorder(torch.optim.SGD(model.parameters()), tmp_path / 'run.csv')
 
@@ -152,39 +156,196 @@ def test_plot_draws_the_record(tmp_path, capsys):
     assert 'is no record of effective learning rates' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('normalization', ['ws', 'wn', 'cwn'])
-@pytest.mark.parametrize('momentum, decoupled', [(0., False), (0.9, False), (0.9, True)])
-def test_random_gradients_turn_filters_by_the_angle_of_the_theory(normalization, momentum, decoupled):
-    """Gradients at a right angle to the filter and inversely to its length, as normalization makes them."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(64, 256, generator=generator, dtype=torch.float64))
-    optimizer = timm_aws.AwsSGD([weight], lr=0.05, momentum=momentum, alpha=0.05, normalization=normalization,
-                                decoupled=decoupled)
-    angles = []
-    for step in range(3000):
-        noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        with torch.no_grad():
-            filters = weight if normalization == 'wn' else weight - weight.mean(1, keepdim=True)
-            noise = noise if normalization == 'wn' else noise - noise.mean(1, keepdim=True)
-            noise -= filters * (noise * filters).sum(1, keepdim=True) / filters.square().sum(1, keepdim=True)
-            scale = {'ws': 256 ** 0.5}.get(normalization, 1.)
-            weight.grad = noise * scale / filters.norm(dim=1, keepdim=True)
-            before = filters / filters.norm(dim=1, keepdim=True)
+def record_of_one_weight(path, steps, every=None, lr=0.1):
+    """Records the training of a weight, so small that many steps take no time."""
+    weight = torch.nn.Parameter(torch.eye(2))
+    optimizer = timm_aws.AwsSGD([weight], lr=lr, alpha=0.1)
+    timm_aws.Recorder(optimizer, path, every)
+    for _ in range(steps):
+        weight.grad = torch.ones(2, 2)
         optimizer.step()
-        with torch.no_grad():
-            filters = weight if normalization == 'wn' else weight - weight.mean(1, keepdim=True)
-            after = filters / filters.norm(dim=1, keepdim=True)
-            if step >= 2000:
-                angles.append((2 * torch.asin((after - before).norm(dim=1) / 2)).square().mean())
-    measured = math.sqrt(torch.stack(angles).mean())
-    (expected,) = timm_aws.equilibrium_angle(optimizer).values()
-    assert measured == pytest.approx(expected.mean().item(), rel=0.1)
+    return weight, optimizer
 
 
-def test_adam_has_the_angle_of_the_theory_decoupled_and_none_coupled():
-    weight = torch.nn.Parameter(torch.randn(4, 16))
-    optimizer = timm_aws.AwsAdam([weight], lr=0.1, alpha=0.5, normalization='wn')
-    gamma = 0.5 * weight.detach().norm(dim=1)
-    assert torch.allclose(timm_aws.equilibrium_angle(optimizer)['0.0'], (0.2 * gamma * 0.1 / 1.9).sqrt())
-    optimizer = timm_aws.AwsAdam([weight], lr=0.1, alpha=0.5, normalization='wn', decoupled=False)
-    assert timm_aws.equilibrium_angle(optimizer)['0.0'].isnan().all()
+def test_record_starts_with_every_step_and_thins_out(tmp_path):
+    record_of_one_weight(tmp_path / 'run.csv', 1100)
+    steps = [int(row['step']) for row in rows_of(tmp_path / 'run.csv')]
+    assert steps == [
+        *range(1, 129), *range(130, 257, 2), *range(260, 513, 4), *range(520, 1025, 8), *range(1040, 1101, 16)]
+
+
+def test_resumed_run_thins_out_as_an_uninterrupted_one(tmp_path):
+    record_of_one_weight(tmp_path / 'whole.csv', 300)
+    _, saved = record_of_one_weight(tmp_path / 'run.csv', 201)
+    weight, optimizer = record_of_one_weight(tmp_path / 'run.csv', 0)
+    optimizer.load_state_dict(saved.state_dict())
+    for _ in range(99):
+        weight.grad = torch.ones(2, 2)
+        optimizer.step()
+    assert [row['step'] for row in rows_of(tmp_path / 'run.csv')] == [
+        row['step'] for row in rows_of(tmp_path / 'whole.csv')]
+
+
+def test_two_recorders_count_the_same_steps(tmp_path):
+    model, optimizer = make(tmp_path / 'one.csv')
+    timm_aws.Recorder(optimizer, tmp_path / 'other.csv', 1)
+    train(model, optimizer, 2)
+    timm_aws.Recorder(optimizer, tmp_path / 'late.csv', 1)
+    train(model, optimizer, 2)
+    for name, steps in (('one', '1234'), ('other', '1234'), ('late', '34')):
+        assert [*dict.fromkeys(row['step'] for row in rows_of(tmp_path / f'{name}.csv'))] == [*steps]
+    assert optimizer.param_groups[0]['recorded_steps'] == 4
+
+
+def test_groups_added_after_the_start_are_recorded(tmp_path):
+    weight, optimizer = record_of_one_weight(tmp_path / 'run.csv', 1)
+    late = torch.nn.Parameter(torch.eye(3))
+    optimizer.add_param_group({'params': [late], 'lr': 0.025})
+    weight.grad, late.grad = torch.ones(2, 2), torch.ones(3, 3)
+    optimizer.step()
+    assert [(row['step'], row['layer'], row['lr']) for row in rows_of(tmp_path / 'run.csv')] == [
+        ('1', '0.0', '0.1'), ('2', '0.0', '0.1'), ('2', '1.0', '0.025')]
+
+
+@pytest.mark.parametrize('lr', [torch.tensor(0.1), torch.tensor([0.1]), torch.tensor([[0.1]], dtype=torch.float64)])
+def test_lr_may_be_a_tensor_of_one_element(tmp_path, lr):
+    record_of_one_weight(tmp_path / 'run.csv', 2, lr=lr)
+    record_of_one_weight(tmp_path / 'number.csv', 2)
+    assert (tmp_path / 'run.csv').read_text() == (tmp_path / 'number.csv').read_text()
+
+
+class Prepared(torch.optim.Optimizer):
+    """A wrapper as accelerate's AcceleratedOptimizer: it calls no constructor of torch."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize('opt', ['aws_sgd', 'aws_rmsprop'])
+@pytest.mark.parametrize('wrap', [timm.optim.Lookahead, Prepared])
+def test_record_of_a_wrapped_optimizer_is_that_of_its_steps(tmp_path, wrap, opt):
+    model, optimizer = make(tmp_path / 'inside.csv', opt=opt)
+    wrapped = wrap(optimizer)
+    recorder = timm_aws.Recorder(wrapped, tmp_path / 'around.csv', 1)
+    train(model, wrapped, 7)
+    rows = rows_of(tmp_path / 'around.csv')
+    assert len(rows) == 7 * 15 and rows == rows_of(tmp_path / 'inside.csv')
+    recorder.close()
+    expected = timm_aws.equilibrium_angle(optimizer)
+    last = {row['layer']: float(row['equilibrium_angle']) for row in rows_of(tmp_path / 'around.csv')}
+    assert all(0 < last[name] < 1 for name in expected)
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'my notes', b'my notes\n', b'step,layer,lr,length\n1,a,0.1,0.1\n', bytes(range(256)) * 1000,
+    b'step,layer,lr,length,angle,equilibrium_angle\r\nfirst,a,1,1,1,1\r\n'])
+def test_file_that_is_no_record_is_left_as_it_is(tmp_path, content):
+    path = tmp_path / 'notes'
+    path.write_bytes(content)
+    weight, optimizer = record_of_one_weight(path, 0)
+    weight.grad = torch.ones(2, 2)
+    if not content:  # nothing to lose
+        optimizer.step()
+        assert len(rows_of(path)) == 1
+        return
+    for _ in range(2):  # whoever catches the first error finds no half-open record at the next step
+        with pytest.raises(ValueError, match='notes is no record'):
+            optimizer.step()
+    assert path.read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ['notes']
+
+
+def test_folder_and_device_are_no_records(tmp_path):
+    for path in (tmp_path, '/dev/null'):
+        with pytest.raises(ValueError, match='is no record'):
+            record_of_one_weight(path, 1)
+
+
+@pytest.mark.parametrize('cut', [1, 2, 5, 60])
+def test_record_that_was_cut_in_its_last_row_can_be_plotted_and_resumed(tmp_path, cut, capsys):
+    """Cut by a full disk at step 4, while the training went on to a checkpoint after step 6."""
+    pytest.importorskip('matplotlib')
+    path = tmp_path / 'run.csv'
+    _, saved = record_of_one_weight(path, 6)
+    whole = path.read_bytes()
+    path.write_bytes(b''.join(whole.splitlines(keepends=True)[:5])[:-cut])
+    main(['plot', str(path)])
+    assert (tmp_path / 'run.png').read_bytes().startswith(b'\x89PNG')
+    weight, optimizer = record_of_one_weight(path, 0)
+    optimizer.load_state_dict(saved.state_dict())
+    weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    kept = 4 if cut < 60 else 3
+    assert path.read_bytes().splitlines()[:kept] == whole.splitlines()[:kept]
+    assert [row['step'] for row in rows_of(path)] == [*'123'[:kept - 1], '7']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='/dev/full')
+def test_full_disk_ends_the_record_with_one_warning_and_not_the_training(tmp_path):
+    path = tmp_path / 'run.csv'
+    weight, optimizer = record_of_one_weight(path, 2)
+    path.unlink()
+    path.symlink_to('/dev/full')
+    before = weight.detach().clone()
+    with warnings.catch_warnings(record=True) as caught:
+        for _ in range(3):
+            weight.grad = torch.eye(2)
+            optimizer.step()
+    assert [str(warning.message).partition(', ')[0] for warning in caught] == [f'The record {path} ends before step 3']
+    assert optimizer.param_groups[0]['recorded_steps'] == 5
+    assert not torch.equal(weight, before)
+
+
+def test_record_that_cannot_be_made_does_not_end_the_training(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.warns(UserWarning, match='ends before step 1, training goes on'):
+        _, optimizer = record_of_one_weight(tmp_path / 'file' / 'run.csv', 2)
+    assert optimizer.param_groups[0]['recorded_steps'] == 2
+
+
+def test_record_that_is_gone_is_not_begun_without_its_header(tmp_path):
+    weight, optimizer = record_of_one_weight(tmp_path / 'run.csv', 1)
+    (tmp_path / 'run.csv').rename(tmp_path / 'moved.csv')
+    weight.grad = torch.eye(2)
+    with pytest.warns(UserWarning, match='ends before step 2'):
+        optimizer.step()
+    assert [path.name for path in tmp_path.glob('*.csv')] == ['moved.csv']
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('tensorboard'), reason='tensorboard is not installed')
+@pytest.mark.parametrize(('name', 'folder'), [('run', 'run.events'), ('run.csv', 'run')])
+def test_events_have_a_folder_beside_the_file(tmp_path, name, folder):
+    record_of_one_weight(tmp_path / name, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {name, folder}
+    assert len(rows_of(tmp_path / name)) == 2
+
+
+def test_filters_of_length_0_and_optimizers_without_a_known_angle_are_recorded_and_plotted(tmp_path):
+    pytest.importorskip('matplotlib')
+    dead, alive = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.eye(2))
+    optimizer = aws_optimizer(timm.optim.Lion)([dead, alive], lr=0.1, normalization='wn')
+    timm_aws.Recorder(optimizer, tmp_path / 'run.csv')
+    alive.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert [(row['length'], row['equilibrium_angle']) for row in rows_of(tmp_path / 'run.csv')] == [
+        ('0', 'nan'), ('1', 'nan')]
+    main(['plot', str(tmp_path / 'run.csv')])
+    assert (tmp_path / 'run.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_factory_takes_the_steps_between_records(tmp_path):
+    model, optimizer = make(opt='lookahead_aws_sgd', record=str(tmp_path / 'run.csv'), record_every=10)
+    train(model, optimizer, 12)
+    assert {row['step'] for row in rows_of(tmp_path / 'run.csv')} == {'1', '11'}
+    with pytest.raises(ValueError, match='record_every=10 without a file'):
+        make(record_every=10)

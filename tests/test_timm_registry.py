@@ -11,7 +11,7 @@ import timm.optim
 import torch
 import torch.nn as nn
 from timm.optim import create_optimizer, create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
-from timm.optim._optim_factory import default_registry
+from timm.optim._optim_factory import OptimInfo, default_registry
 
 import timm_aws
 from timm_aws import AwsAdam, AwsSGD
@@ -107,6 +107,61 @@ def test_other_names_give_what_timm_gives(name):
         theirs = type(default_registry).create_optimizer(default_registry, _model(), spelling, lr=0.1)
         assert type(ours) is type(theirs)
         assert str(ours) == str(theirs)
+
+
+@pytest.fixture
+def late():
+    """Registers an optimizer and an alias of it after ours; forgets them in the end."""
+    names = {*default_registry._optimizers}
+
+    class ThatOne(torch.optim.SGD):
+        pass
+
+    default_registry.register(OptimInfo(name='ThatOne', opt_class=ThatOne, has_eps=False, has_momentum=True))
+    default_registry.register_alias('sameone', 'thatone')
+    default_registry.register(OptimInfo(name='of_two_words', opt_class=ThatOne, has_eps=False))
+    default_registry.register(OptimInfo(name='function', opt_class=lambda params, **options: ThatOne(params)))
+    default_registry.register(OptimInfo(name='lazy', opt_class='torch.optim.Adagrad'))
+    yield ThatOne
+    for name in {*default_registry._optimizers} - names:
+        del default_registry._optimizers[name]
+
+
+def test_optimizer_registered_after_ours_has_its_name_with_aws(late):
+    for name in ('thatone', 'sameone', 'of_two_words'):
+        assert issubclass(get_optimizer_info(f'aws_{name}').opt_class, late)
+        assert get_optimizer_class(f'aws_{name}').__name__ == 'AwsThatOne'
+        assert {name, f'aws_{name}'} <= {*list_optimizers()}
+        optimizer = create_optimizer_v2(_model(), f'aws_{name}', lr=0.1)
+        assert (type(optimizer).__name__, _shrunk(optimizer)) == ('AwsThatOne', 15)
+        assert isinstance(create_optimizer_v2(_model(), f'lookahead_aws_{name}')._base_optimizer, late)
+
+
+def test_optimizer_registered_again_after_ours_replaces_both(late):
+    default_registry.register(OptimInfo(name='thatone', opt_class=torch.optim.Adagrad))
+    assert type(create_optimizer_v2(_model(), 'aws_thatone')) is get_optimizer_info('aws_thatone').opt_class
+    assert isinstance(create_optimizer_v2(_model(), 'aws_thatone'), torch.optim.Adagrad)
+
+
+def test_functions_have_no_name_with_aws_and_classes_by_their_name_are_made_when_asked_for(late):
+    assert 'aws_function' not in list_optimizers()
+    with pytest.raises(ValueError, match='aws_function not found in registry'):
+        create_optimizer_v2(_model(), 'aws_function')
+    assert type(create_optimizer_v2(_model(), 'aws_lazy')).__name__ == 'AwsAdagrad'
+
+
+@pytest.mark.parametrize('normalization', ['xx', 'wn', 'ws', None])
+@pytest.mark.parametrize('name', ['aws_sgd', 'lookahead_aws_adam', 'aws_lion'])
+def test_normalization_is_no_option_where_a_model_decides(name, normalization):
+    with pytest.raises(ValueError, match=f'normalization={normalization!r} .*leave it out'):
+        create_optimizer_v2(_model(), name, lr=0.1, normalization=normalization)
+
+
+def test_normalization_is_an_option_where_parameters_are_given():
+    weight = nn.Parameter(torch.ones(2, 2))
+    assert create_optimizer_v2([weight], 'aws_sgd', normalization='wn').param_groups[0]['normalization'] == 'wn'
+    with pytest.raises(ValueError, match="Unknown normalization: 'xx'"):
+        create_optimizer_v2([weight], 'aws_sgd', normalization='xx')
 
 
 @pytest.mark.parametrize('name', ['aws_', 'aws_none', 'aws_aws_sgd', 'lookahead_aws_none', 'aws_lookahead_sgd'])

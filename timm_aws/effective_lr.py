@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from .optimizers import AwsAdam, AwsSGD
 from .rule import filter_length, shrink_factor
 
-__all__ = ['decay_as_lr', 'effective_lr', 'equilibrium_angle']
+__all__ = ['decay_as_lr', 'effective_lr', 'equilibrium_angle', 'normalized_parameters', 'unwrap']
 
 
 def decay_as_lr(weight_decay: float, lrs: Iterable[float]) -> list[float]:
@@ -51,7 +52,7 @@ def effective_lr(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Divides the learning rate by the length of each filter of the normalized weights (Eq. 12 and 13).
 
     Args:
-        optimizer: Optimizer whose parameter groups name a normalization, such as AwsSGD and AwsAdam.
+        optimizer: Optimizer whose parameter groups name a normalization, as AwsSGD or AwsAdam, or a wrapper of one.
 
     Returns:
         Parameter name (`group.index` where the groups have no names) to the effective learning rates of its filters,
@@ -59,9 +60,10 @@ def effective_lr(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
     Raises:
         ValueError: If no group of the optimizer names a normalization.
+        TypeError: If it is no optimizer of torch.
     """
-    return {name: group['lr'] / filter_length(param, group['normalization']).flatten()
-            for name, param, group in _normalized(optimizer)}
+    return {name: _lr(group) / filter_length(param, group['normalization']).flatten()
+            for name, param, group in normalized_parameters(optimizer)}
 
 
 @torch.no_grad()
@@ -69,42 +71,90 @@ def equilibrium_angle(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     """Computes by how much each step turns a filter where gradient and shrink, or weight decay, hold its length.
 
     A step at a right angle to the filter lengthens it, the shrink undoes that. With gamma the shrink factor at the
-    present length (or the weight decay), and m the momentum, steps whose gradients are independent balance at
+    present length (or the weight decay), steps whose gradients are independent balance at
 
-        sqrt(2 * lr * gamma * (1 - m) / (1 + m))    decoupled, or Adam with m = beta1
-        sqrt(2 * lr * gamma / (1 + m))              coupled to momentum, as weight decay in torch.optim.SGD
+        sqrt(2 * lr * gamma * P / S^2)    decoupled
+        sqrt(2 * lr * gamma * P / S)      coupled: gamma * W is summed as gradients are
 
-    There is none for Adam with a coupled shrink, whose size then depends on the gradients.
+    where S is the sum and P the sum of squares of the weights c_k with which a gradient enters the k-th step after its
+    own. With momentum m and dampening d (0 where m is, as in torch) they are
+
+        (1 - d) * m^k                                SGD
+        1 + (1 - d) * m, then (1 - d) * m^(k + 1)    SGD with Nesterov momentum
+        proportional to m^k                          Adam with m = beta1, RMSprop; decoupled only
+
+    Lookahead takes part of each move back, which divides lr * gamma by lookahead_alpha.
 
     Papers:
     * `Spherical Motion Dynamics` - https://arxiv.org/abs/2006.08419
     * `Rotational Equilibrium` - https://arxiv.org/abs/2305.17212
 
     Args:
-        optimizer: Optimizer whose parameter groups name a normalization, such as AwsSGD and AwsAdam.
+        optimizer: Optimizer whose parameter groups name a normalization, as AwsSGD or AwsAdam, or a wrapper of one.
 
     Returns:
-        Parameter name (`group.index` where the groups have no names) to angles in radians, (out_channels,); NaN for
-        Adam with a coupled shrink.
+        Parameter name (`group.index` where the groups have no names) to angles in radians, (out_channels,): 0 without
+        shrink and decay, NaN where no formula holds, as for other optimizers than torch's SGD, Adam, RMSprop and what
+        is made from them, and for a coupled shrink in the latter two, whose size then depends on the gradients.
 
     Raises:
         ValueError: If no group of the optimizer names a normalization.
+        TypeError: If it is no optimizer of torch.
     """
-    angles = {}
-    for name, param, group in _normalized(optimizer):
-        length = filter_length(param, group['normalization']).flatten()
-        alpha = group.get(getattr(optimizer, 'alpha_key', 'alpha'), 0)
-        gamma = shrink_factor(alpha, length) if alpha else torch.full_like(length, group.get('weight_decay', 0))
-        momentum = group['betas'][0] if 'betas' in group else group.get('momentum', 0)
-        coupled = not group.get('decoupled', not isinstance(optimizer, torch.optim.SGD))
-        share = math.nan if coupled and 'betas' in group else 1 if coupled else 1 - momentum
-        angles[name] = (2 * group['lr'] * gamma * share / (1 + momentum)).sqrt()
-    return angles
+    stepper = unwrap(optimizer)
+    stepper = getattr(stepper, 'optim', stepper)  # that of one process, in a ZeroRedundancyOptimizer
+    return {name: _angle(stepper, group, filter_length(param, group['normalization']).flatten())
+            for name, param, group in normalized_parameters(optimizer)}
 
 
-def _normalized(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+def _angle(optimizer: torch.optim.Optimizer, group: dict[str, Any], length: torch.Tensor) -> torch.Tensor:
+    """Computes the equilibrium angles of filters of these lengths, (out_channels,)."""
+    nesterov, kept = False, 1.
+    if isinstance(optimizer, torch.optim.SGD):
+        momentum, nesterov = group['momentum'], group['nesterov']
+        kept = 1 - group['dampening'] if momentum else 1.
+    elif isinstance(optimizer, torch.optim.Adam):
+        momentum = group['betas'][0]
+    else:
+        momentum = group['momentum'] if isinstance(optimizer, torch.optim.RMSprop) else math.nan
+    if not momentum < 1:
+        return torch.full_like(length, math.nan)
+    first, second = (1 + momentum * kept, momentum ** 2 * kept) if nesterov else (kept, momentum * kept)
+    total, squares = first + second / (1 - momentum), first ** 2 + second ** 2 / (1 - momentum ** 2)
+
+    coupled = total if isinstance(optimizer, torch.optim.SGD) else math.nan
+    alpha = group.get(getattr(optimizer, 'alpha_key', ''), 0)  # torch's own optimizers know no alpha
+    gamma = torch.zeros_like(length)
+    if alpha:
+        gamma = shrink_factor(alpha, length) * (1 if group.get('decoupled', True) else coupled)
+    if group['weight_decay'] and not (alpha and isinstance(optimizer, (AwsSGD, AwsAdam))):  # there instead of decay
+        gamma = gamma + group['weight_decay'] * (1 if group.get('decoupled_weight_decay') else coupled)
+    return (2 * _lr(group) * gamma * squares / group.get('lookahead_alpha', 1)).sqrt() / total
+
+
+def _lr(group: dict[str, Any]) -> Any:
+    """Returns the learning rate, without dimensions where it is a tensor of one element."""
+    return group['lr'].reshape(()) if isinstance(group['lr'], torch.Tensor) else group['lr']
+
+
+def unwrap(optimizer: Any) -> torch.optim.Optimizer:
+    """Returns the optimizer that takes the steps, within timm's Lookahead or a wrapper as accelerate's (`.optimizer`).
+
+    Raises:
+        TypeError: If it is no optimizer of torch.
+    """
+    for key in ('_base_optimizer', 'optimizer'):
+        if isinstance(inner := getattr(optimizer, key, None), torch.optim.Optimizer):
+            return unwrap(inner)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f'{type(optimizer).__name__} is no torch.optim.Optimizer: give the optimizer that it wraps.')
+    return optimizer
+
+
+def normalized_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     """Yields name, parameter and group of each normalized weight, and raises ValueError where there is none."""
     found = False
+    optimizer = unwrap(optimizer)
     for group_index, group in enumerate(optimizer.param_groups):
         if group.get('normalization') is None:
             continue

@@ -1,6 +1,5 @@
 """Pictures of training runs, all in one style."""
-import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -8,6 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from .record import read_rows
 
 __all__ = ['add_layer_bar', 'layer_colors', 'plot_effective_lr']
 
@@ -39,30 +40,32 @@ def plot_effective_lr(source: Path, out: Path) -> None:
     Raises:
         ValueError: If the file has no such columns or no rows.
     """
-    with source.open(newline='') as file:
-        reader = csv.DictReader(file)
-        columns, rows = reader.fieldnames or [], list(reader)
+    columns, *values = read_rows(source) or [[]]
+    rows = [dict(zip(columns, row)) for row in values]
     if not rows or not {'layer', 'lr', 'length'} <= set(columns):
         raise ValueError(f'{source} is no record of effective learning rates: it has no rows, or no layer, lr, length.')
-    curves = {'effective learning rate, lr / filter length': lambda row: float(row['lr']) / float(row['length'])}
+    curves = {'effective learning rate, lr / filter length': ('lr', 'length')}
     if {'angle', 'equilibrium_angle'} <= set(columns):
-        curves['angle of a step / angle in equilibrium'] = (
-            lambda row: float(row['angle']) / max(float(row['equilibrium_angle']), 1e-30))
+        curves['angle of a step / angle in equilibrium'] = ('angle', 'equilibrium_angle')
     figure = Figure(figsize=(4 + 4 * len(curves), 4), layout='constrained')
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for panel, (label, value) in zip(panels, curves.items()):
-        _draw_layers(panel, columns[0], rows, value)
+    for panel, (label, ratio) in zip(panels, curves.items()):
+        _draw_layers(panel, columns[0], rows, *ratio)
         panel.set(xlabel=columns[0], ylabel=label, yscale='log')
     add_layer_bar(figure, panels)
     figure.savefig(out, dpi=150)
 
 
-def _draw_layers(panel: Axes, x: str, rows: list[dict[str, str]], value: Callable[[dict[str, str]], float]) -> None:
+def _draw_layers(panel: Axes, x: str, rows: list[dict[str, str]], over: str, under: str) -> None:
     layers: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if (y := value(row)) > 0:  # no logarithm else: the last step of a schedule may have lr 0
-            layers.setdefault(row['layer'], []).append((float(row[x]), y))
+        points = layers.setdefault(row['layer'], [])  # each has its colour, in every panel the same
+        numerator, denominator = float(row[over]), float(row[under])
+        # Else there is no ratio or no logarithm: no angle is known, a filter has length 0, the last step has lr 0.
+        if numerator > 0 and denominator > 0:
+            points.append((float(row[x]), numerator / denominator))
     for color, points in zip(layer_colors(len(layers)), layers.values()):
-        panel.plot(*zip(*points), color=color, linewidth=1, marker='.' if len(points) < 30 else None, markersize=4)
+        xs, ys = zip(*points) if points else ((), ())
+        panel.plot(xs, ys, color=color, linewidth=1, marker='.' if len(points) < 30 else None, markersize=4)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(alpha=0.3)

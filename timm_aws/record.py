@@ -3,9 +3,11 @@
 The steps are counted in the optimizer's own parameter groups, so the count is saved and loaded with its state: a run
 that is resumed goes on in the same file, and what a killed run wrote after its last checkpoint is replaced.
 """
+import contextlib
 import csv
+import math
 import os
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,133 +15,169 @@ import torch
 import torch.distributed
 from torch.distributed.tensor import DTensor
 
-from .effective_lr import equilibrium_angle
+from .effective_lr import equilibrium_angle, normalized_parameters, unwrap
 from .rule import filter_length
 
-__all__ = ['COLUMNS', 'Recorder']
+__all__ = ['COLUMNS', 'Recorder', 'read_rows']
 
 COLUMNS = ('step', 'layer', 'lr', 'length', 'angle', 'equilibrium_angle')
 _STEP = 'recorded_steps'
 
 
 class Recorder:
-    """Writes a CSV file with one row a layer, every so many steps of an optimizer.
+    """Writes a CSV file with one row a layer and recorded step of an optimizer.
 
     Columns: the step (the first is 1), the layer's parameter, its learning rate, and the medians over its filters of
     the length before the step, of the angle in radians by which the step turned the normalized filter, and of the angle
     that theory gives for the equilibrium of gradient and shrink (`equilibrium_angle`). lr / length is the effective
     learning rate (Eq. 12 and 13 of https://doi.org/10.1609/aaai.v34i04.5904). With tensorboard installed the same goes
-    into an event file in the folder of the CSV file's name without its suffix.
+    into an event file in the folder of the CSV file's name without its suffix, `.events` where it has none.
 
-    Of several processes only the first writes. Steps at learning rate 0 turn nothing and are not counted.
+    Of several processes only the first writes. Steps at learning rate 0 turn nothing and are not counted. Where the
+    file cannot be written, as on a full disk, the record ends with a warning and the training goes on.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, path: str | os.PathLike, every: int = 50) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, path: str | os.PathLike, every: int | None = None) -> None:
         """
         Args:
-            optimizer: Optimizer whose parameter groups name a normalization, such as AwsSGD and AwsAdam.
+            optimizer: Optimizer whose parameter groups name a normalization, as AwsSGD or AwsAdam, or a wrapper of one.
             path: CSV file to write. Rows of the same run that are there already are kept.
-            every: Steps from one record to the next, counted from the first step.
+            every: Steps from one record to the next, counted from the first step. By default every step up to 128 is
+                recorded, every second up to 256, every fourth up to 512 and so on.
 
         Raises:
-            ValueError: If `every` is not positive, or if no group names a normalization. The optimizer's first step
-                raises it if the file holds rows but the optimizer has taken no steps, as those are of another run.
+            ValueError: If `every` is not a positive integer, or if no group names a normalization. The optimizer's
+                first step raises it if the file is no record, or if it holds rows but the optimizer has taken no steps,
+                as those are of another run.
+            TypeError: If it is no optimizer of torch.
         """
-        if every < 1:
-            raise ValueError(f'Invalid every: {every!r}, record every 1 step or more.')
-        self.optimizer = optimizer
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ValueError(f'Invalid every: {every!r}, record every 1 step or more, or leave it out.')
+        self.optimizer = unwrap(optimizer)
         self.path = Path(path)
         self.every = every
-        self._names = list(equilibrium_angle(optimizer))  # raises where there is nothing to record
+        next(normalized_parameters(self.optimizer))  # raises where there is nothing to record
         self._writes = False  # decided at the first step, when the processes know each other
         # There from the start, as torch.distributed.checkpoint loads only the keys that it finds.
-        optimizer.param_groups[0].setdefault(_STEP, 0)
-        self._before: list[torch.Tensor] = []
+        self.optimizer.param_groups[0].setdefault(_STEP, 0)
+        self._step = 0  # the present one, 0 where it is not counted
+        self._before: list[tuple[str, torch.Tensor, dict[str, Any], torch.Tensor]] = []
         self._opened = False
         self._events: Any = None
-        self._hooks = [optimizer.register_step_pre_hook(self._begin), optimizer.register_step_post_hook(self._end)]
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._begin), self.optimizer.register_step_post_hook(self._end)]
 
     def close(self) -> None:
         """Stops recording."""
         for hook in self._hooks:
             hook.remove()
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):
+                self._events.close()
 
     def _begin(self, *_) -> None:
-        if self._stands_still():
+        self._step, self._before = 0, []
+        groups = self.optimizer.param_groups
+        if all(group['lr'] == 0 for group in groups):  # as where torch.distributed.checkpoint makes a state by a step
             return
-        group = self.optimizer.param_groups[0]
-        step = group.setdefault(_STEP, 0) + 1
+        self._step = groups[0].get(_STEP, 0) + 1  # other recorders of this optimizer find the same
         if not self._opened:
-            self._open(step)
-        if (step - 1) % self.every == 0:
-            self._before = [weight.detach().clone() for _, weight in self._weights()]
+            self._open()
+        if self._is_recorded():
+            self._before = [
+                (name, weight, group, weight.detach().clone())
+                for name, weight, group in normalized_parameters(self.optimizer)
+            ]
+
+    def _is_recorded(self) -> bool:
+        if self.every is None:
+            return self._step % (1 << max(0, (self._step - 1).bit_length() - 7)) == 0
+        return (self._step - 1) % self.every == 0
 
     @torch.no_grad()
     def _end(self, *_) -> None:
-        if self._stands_still():
-            return
-        group = self.optimizer.param_groups[0]
-        group[_STEP] += 1
+        if self._step:
+            self.optimizer.param_groups[0][_STEP] = self._step
         if not self._before:
             return
-        lengths, angles, lrs = [], [], []
-        for before, (group_of_weight, weight) in zip(self._before, self._weights()):
-            normalization = group_of_weight['normalization']
-            start, end = _whole(before), _whole(weight)
-            lengths.append(filter_length(start, normalization).median())
-            angles.append(_angle(start, end, normalization).median())
-            lrs.append(torch.as_tensor(group_of_weight['lr'], dtype=torch.float32, device=weight.device))
-        equilibria = [_whole(angle).median() for angle in equilibrium_angle(self.optimizer).values()]
-        self._before = []
-        # One transfer from the device for all layers.
-        rows = torch.stack([torch.stack(list(row)) for row in zip(lrs, lengths, angles, equilibria)]).tolist()
-        if self._writes:
-            self._write(self.optimizer.param_groups[0][_STEP], rows)
-
-    def _stands_still(self) -> bool:
-        """Whether this step is at learning rate 0, as the one by which torch.distributed.checkpoint makes a state."""
-        return all(group['lr'] == 0 for group in self.optimizer.param_groups)
-
-    def _weights(self) -> Iterator[tuple[dict, torch.Tensor]]:
-        for group in self.optimizer.param_groups:
-            if group.get('normalization') is not None:
-                yield from ((group, param) for param in group['params'] if param.ndim >= 2)
-
-    def _open(self, step: int) -> None:
-        """Makes the file hold the rows of the steps that have been taken, and no others."""
-        self._opened = True
-        self._writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        if not self._writes:
-            return
         rows = []
-        if self.path.is_file():
-            with self.path.open(newline='') as file:
-                rows = [row for row in list(csv.reader(file))[1:] if len(row) == len(COLUMNS)]
-        if rows and step == 1:
+        equilibria = equilibrium_angle(self.optimizer)
+        for name, weight, group, before in self._before:
+            start, end = _whole(before), _whole(weight)
+            row = (
+                torch.as_tensor(group['lr'], dtype=torch.float32, device=weight.device).reshape(()),
+                filter_length(start, group['normalization']).median(),
+                _angle(start, end, group['normalization']).median(),
+                _whole(equilibria[name]).median(),
+            )
+            rows.append(torch.stack(row))
+        names = [name for name, *_ in self._before]
+        self._before = []
+        values = torch.stack(rows).tolist()  # one transfer from the device for all layers
+        if self._writes:
+            self._write(names, values)
+
+    def _open(self) -> None:
+        """Makes the file hold the rows of the steps that have been taken, and no others."""
+        self._writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if self._writes:
+            rows = self._rows_before()
+            aside = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with aside.open('w', newline='') as file:
+                    csv.writer(file).writerows([COLUMNS, *rows])
+                aside.replace(self.path)
+                with contextlib.suppress(ImportError):
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    folder = self.path.with_suffix('' if self.path.suffix else '.events')
+                    self._events = SummaryWriter(str(folder), purge_step=self._step)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    aside.unlink()
+                self._give_up(error)
+        self._opened = True
+
+    def _rows_before(self) -> list[list[str]]:
+        """Returns the rows of earlier steps that are in the file, and raises ValueError where it is not this run's."""
+        if not self.path.exists() or (self.path.is_file() and not self.path.stat().st_size):
+            return []
+        header, *rows = (self.path.is_file() and read_rows(self.path)) or [[]]
+        if header != list(COLUMNS) or not all(row[0].isdecimal() for row in rows):
+            raise ValueError(f'{self.path} is no record of effective learning rates: name another file.')
+        if rows and self._step == 1:
             raise ValueError(
                 f'{self.path} holds the record of another run, and this one is at its first step: name another file, '
                 f'move it away, or resume with the state of the optimizer.'
             )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
-        with aside.open('w', newline='') as file:
-            csv.writer(file).writerows([COLUMNS, *(row for row in rows if int(row[0]) < step)])
-        aside.replace(self.path)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self._events = SummaryWriter(str(self.path.with_suffix('')), purge_step=step)
+        return [row for row in rows if int(row[0]) < self._step]
 
-    def _write(self, step: int, rows: list[list[float]]) -> None:
-        with self.path.open('a', newline='') as file:
-            csv.writer(file).writerows(
-                [step, name, *(f'{value:.6g}' for value in row)] for name, row in zip(self._names, rows))
-        if self._events is not None:
-            for name, (lr, length, *_) in zip(self._names, rows):
-                self._events.add_scalar(f'effective_lr/{name}', lr / length, step)
+    def _write(self, names: list[str], rows: list[list[float]]) -> None:
+        try:
+            with self.path.open('r+', newline='') as file:  # 'a' would make a file without header where there is none
+                file.seek(0, os.SEEK_END)
+                csv.writer(file).writerows(
+                    [self._step, name, *(f'{value:.6g}' for value in row)] for name, row in zip(names, rows))
+            if self._events is not None:
+                for name, (lr, length, *_) in zip(names, rows):
+                    self._events.add_scalar(f'effective_lr/{name}', lr / length if length else math.inf, self._step)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._writes = False  # it measures all the same: other processes may wait for its share of the weights
+        warnings.warn(f'The record {self.path} ends before step {self._step}, training goes on: {error}', stacklevel=2)
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """Reads the rows of a CSV file, its header first, without a last one that was cut in the middle of its line."""
+    with path.open(newline='', errors='replace') as file:
+        try:
+            rows = list(csv.reader(line for line in file if line.endswith('\n')))
+        except csv.Error:  # a file of another kind
+            return []
+    return [row for row in rows if len(row) == len(rows[0])]
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -38,12 +38,11 @@ def register() -> None:
     if f'{_PREFIX}sgd' in names:
         return
     for name in names:
-        base = default_registry.get_optimizer_info(name)
-        if not isinstance(base.opt_class, str):  # else of a package that timm imports when it is asked for
-            default_registry.register(_shrinking(name, base))
+        _register_shrinking(name)
     # On the instance: train.py holds the module's functions already, and they all end up here.
-    create_optimizer = functools.partial(_create_optimizer, default_registry.create_optimizer)
-    setattr(default_registry, 'create_optimizer', create_optimizer)  # noqa: B010  mypy knows it as a method
+    for method, ours in (
+            ('create_optimizer', _create_optimizer), ('register', _register), ('register_alias', _register_alias)):
+        setattr(default_registry, method, functools.partial(ours, getattr(default_registry, method)))
     for module in (timm.models._manipulate, timm.models, timm.utils.model, timm.utils):
         if hasattr(module, 'reparameterize_model'):
             setattr(module, 'reparameterize_model', _folding(module.reparameterize_model))  # noqa: B010
@@ -51,6 +50,25 @@ def register() -> None:
 
 def _known_names() -> list[str]:
     return [str(name) for name in default_registry.list_optimizers()]
+
+
+def _register_shrinking(name: str) -> None:
+    """Registers `aws_<name>`, not for a function or a package's class, which timm imports when it is asked for."""
+    base = default_registry.get_optimizer_info(name)
+    if isinstance(base.opt_class, type) and not name.startswith(_PREFIX):
+        default_registry.register(_shrinking(name, base))
+
+
+def _register(register: Callable[[OptimInfo], None], info: OptimInfo) -> None:
+    """Stands in for `OptimizerRegistry.register`: an optimizer that comes after ours has an `aws_` name as well."""
+    register(info)
+    _register_shrinking(info.name.lower())
+
+
+def _register_alias(register_alias: Callable[[str, str], None], alias: str, target: str) -> None:
+    """Stands in for `OptimizerRegistry.register_alias`, as `_register` does."""
+    register_alias(alias, target)
+    _register_shrinking(alias.lower())
 
 
 def _shrinking(name: str, base: OptimInfo) -> OptimInfo:
@@ -81,33 +99,40 @@ def _create_optimizer(
     if not name.startswith(_PREFIX):
         return create_optimizer(model_or_params, opt, *args, **kwargs)
     base_name = name.removeprefix(_PREFIX)
-    names = _known_names()
-    if name not in names and base_name in names and not base_name.startswith(_PREFIX):
+    if base_name in _known_names() and isinstance(default_registry.get_optimizer_info(base_name).opt_class, str):
         info = _shrinking(base_name, default_registry.get_optimizer_info(base_name))
     else:
         info = default_registry.get_optimizer_info(name)  # raises where timm has no such optimizer
     opt_class: Any = info.opt_class
 
-    def split_and_create(params: Any, record: str | None = None, **options: Any) -> torch.optim.Optimizer:
+    def split_and_create(
+            params: Any, record: str | None = None, record_every: int | None = None, **options: Any) -> Any:
+        if record_every is not None and not record:
+            raise ValueError(f'record_every={record_every!r} without a file: name one with record=FILE.csv.')
         if not isinstance(model_or_params, nn.Module):
             optimizer = opt_class(params, **options)
         else:
-            alpha = options.get('alpha', DEFAULT_ALPHA)
-            params = split_normalized(params, model_or_params, alpha, opt_class.alpha_key)
-            optimizer = opt_class(params, **options)
+            if 'normalization' in options:
+                raise ValueError(
+                    f'normalization={options["normalization"]!r} is no option where a model is given, as its layers '
+                    f'decide: leave it out, or change the layers with timm_aws.convert.'
+                )
+            split = functools.partial(
+                split_normalized, model=model_or_params, alpha=options.get('alpha', DEFAULT_ALPHA),
+                alpha_key=opt_class.alpha_key)
+            optimizer = opt_class(split(params), **options)
             # A group that is added later is split alike. A copy of the optimizer, which has no model, refuses it.
-            optimizer._split = functools.partial(
-                split_normalized, model=model_or_params, alpha=alpha, alpha_key=opt_class.alpha_key)
+            optimizer._split = split
             optimizer.defaults['normalization'] = None
         if record:
-            Recorder(optimizer, record)
+            Recorder(optimizer, record, record_every)
         return optimizer
 
     # timm groups the parameters, sorts out the options and adds Lookahead as for any other optimizer.
     registry = OptimizerRegistry()
     split_class: Any = split_and_create  # timm calls it with the groups and the options, as it would a class
-    registry.register(replace(info, name=base_name, opt_class=split_class))
-    return registry.create_optimizer(model_or_params, lookahead + base_name, *args, **kwargs)
+    registry.register(replace(info, name='aws', opt_class=split_class))
+    return registry.create_optimizer(model_or_params, f'{lookahead}aws', *args, **kwargs)
 
 
 def _folding(reparameterize_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
