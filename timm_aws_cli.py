@@ -14,7 +14,6 @@ import contextlib
 import gc
 import os
 import signal
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +137,7 @@ def _in_one_line(command: Callable[[argparse.Namespace], None]) -> Callable[[arg
             if options.traceback:
                 raise
             message = ' '.join(str(error).split())
-            if not isinstance(error, (ValueError, RuntimeError, OSError, ImportError, subprocess.CalledProcessError)):
+            if not isinstance(error, (ValueError, RuntimeError, OSError, ImportError)):
                 message = f'{type(error).__name__}: {message} (--traceback shows where)'  # says little on its own
             line, code = f'timm-aws: {message}', 1
         with _interrupt_exits():
@@ -184,6 +183,8 @@ def _plot(options: argparse.Namespace) -> None:
     with _interrupt_exits():
         from timm_aws.plot import plot_effective_lr
 
+    if not options.record.is_file():
+        raise ValueError(f'{options.record} is not a file: give the CSV file of a record.')
     out = options.out or options.record.with_suffix('.png')
     plot_effective_lr(options.record, out)
     print(out)

@@ -2,7 +2,10 @@
 import argparse
 import csv
 import json
+import os
 import pickle
+import re
+import shlex
 import sys
 
 import numpy as np
@@ -229,6 +232,9 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(train_run, tmp_path, meas
     refused(NAME, 'holds no averaged weights', ema=True)
     refused(NAME, 'choose with ema=True', source=train_run(with_ema=True))
     refused(NAME, 'needs data_dir', validate_py=tmp_path / 'validate.py')
+    refused(NAME, "license must be an SPDX identifier .*'my own'", license='my own')
+    (tmp_path / 'labels.tsv').write_text('')
+    refused(NAME, 'names 0 classes, the network has 4', labels=tmp_path / 'labels.tsv')
     (tmp_path / 'labels.tsv').write_text('name\twords\nn0\tone\n')
     refused(NAME, 'names 1 classes, the network has 4', labels=tmp_path / 'labels.tsv')
     refused(NAME, r'costs 0\.06 points', **measured(model=50.06, half=50.0))
@@ -248,13 +254,174 @@ def test_failing_validation_leaves_nothing(train_run, tmp_path, measured, capfd)
     with pytest.raises(SystemExit):
         main(['export', str(train_run()), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit',
               '--data-dir', str(options['data_dir']), '--validate', str(options['validate_py'])])
-    assert 'KeyError' in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert 'KeyError' in error
+    script = options['validate_py']
+    assert error.splitlines()[-1] == f'timm-aws: {script} failed with exit code 1: see its own words above.'
     assert sorted(path.name for path in tmp_path.iterdir()) == ['images', 'validate.py']
 
 
 def test_card_of_an_unnamed_network_prints_indices(train_run, tmp_path):
     export(train_run(), tmp_path / NAME, **SETTINGS)
     assert "print(f'{probabilities[index]:.1%}', index)" in (tmp_path / NAME / 'README.md').read_text()
+
+
+def _settings_of(run, **args):
+    """Changes the options in a run's best checkpoint; returns its path."""
+    checkpoint = best(run)
+    vars(checkpoint['args']).update(args)
+    torch.save(checkpoint, run / 'model_best.pth.tar')
+    return run / 'model_best.pth.tar'
+
+
+@pytest.mark.parametrize('kind', ['weights.pth', 'weights.safetensors', NAME])
+def test_run_that_started_from_weights_without_a_run(train_run, checkpoint_folder, tmp_path, kind):
+    start = tmp_path / 'before' / kind
+    start.parent.mkdir()
+    weights = weights_of(checkpoint_folder)
+    if kind == NAME:
+        start = checkpoint_folder / 'model.safetensors'
+    elif kind.endswith('.pth'):
+        torch.save(weights, start)
+    else:
+        save_file(weights, start)
+    results = export(train_run(initial_checkpoint=str(start)), tmp_path / NAME, **SETTINGS)
+    (stage,) = results['training']
+    assert stage['command'].endswith(f'--initial-checkpoint {start.parent.name}/{start.name}')
+    expected = {'name': NAME, 'dataset': 'noise', 'license': 'apache-2.0'} if kind == NAME else {
+        'name': f'before/{kind}'}
+    assert results['start'] == expected
+    card = ' '.join((tmp_path / NAME / 'README.md').read_text().split())
+    assert 'from scratch' not in card
+    assert f'trained further from the weights {expected["name"]}'.replace('_', r'\_') in card
+    assert 'noise only' not in card
+
+
+def test_pretrained_run_names_its_weights(train_run, tmp_path):
+    results = export(train_run(pretrained=True), tmp_path / NAME, **SETTINGS)
+    assert results['start'] == {'name': 'test_ws_resnet.untrained', 'license': 'apache-2.0'}
+    assert 'start' not in export(train_run(pretrained=False), tmp_path / 'scratch' / NAME, **SETTINGS)
+    assert 'trained from scratch on noise' in ' '.join((tmp_path / 'scratch' / NAME / 'README.md').read_text().split())
+
+
+def test_gray_run_of_a_network_named_with_its_tag(train_run, tmp_path):
+    run = train_run()
+    checkpoint = best(run)
+    checkpoint['state_dict']['conv1.0.weight'] = checkpoint['state_dict']['conv1.0.weight'].sum(1, keepdim=True)
+    torch.save(checkpoint, run / 'model_best.pth.tar')
+    _settings_of(run, model='test_ws_resnet.untrained', input_size=[1, 64, 64], img_size=None, mean=None)
+    for path in run.glob('checkpoint-*'):
+        path.unlink()
+    export(run, tmp_path / NAME, **SETTINGS)
+    model = timm.create_model(f'local-dir:{tmp_path / NAME}', pretrained=True)
+    assert model.conv1[0].in_channels == 1
+    data = timm.data.resolve_model_data_config(model)
+    assert data['input_size'] == (1, 64, 64)
+    assert data['mean'] == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
+    batch = timm.data.create_transform(**data)(Image.new('L', (80, 90)))
+    assert batch.shape == (1, 64, 64)
+
+
+def test_run_of_a_checkpoint_folder(train_run, checkpoint_folder, tmp_path):
+    run = train_run(model=f'local-dir:{checkpoint_folder}')
+    export(run, tmp_path / NAME, **SETTINGS)
+    assert json.loads((tmp_path / NAME / 'config.json').read_text())['architecture'] == 'test_ws_resnet'
+    assert yaml.safe_load((tmp_path / NAME / 'args.yaml').read_text())['model'] == f'local-dir:{NAME}'
+    assert all(str(checkpoint_folder.parent).encode() not in path.read_bytes() for path in (tmp_path / NAME).iterdir())
+
+
+def test_commands_are_what_a_shell_and_train_py_take(train_run, tmp_path):
+    first = train_run(data_dir='/somewhere/My Data', amp=False, aa='it\'s', only_here=3, mean=[0.5, 0.4, 0.3],
+                      opt_kwargs={'alpha': 0.0025, 'record': '/somewhere/record.csv'})
+    second = train_run(initial_checkpoint=str(first / 'last.pth.tar'), amp=True, opt_kwargs={'alpha': 0.1})
+    commands = [stage['command'] for stage in export(second, tmp_path / NAME, **SETTINGS)['training']]
+    words = shlex.split(commands[0], comments=True)
+    assert words[4:6] == ['--data-dir', 'My Data']
+    options = {tuple(words[start:end]) for start, end in (
+        (words.index('--mean'), words.index('--mean') + 4), (words.index('--aa'), words.index('--aa') + 2),
+        (words.index('--only-here'), words.index('--only-here') + 2),
+        (words.index('--opt-kwargs'), words.index('--opt-kwargs') + 2))}
+    assert options == {('--mean', '0.5', '0.4', '0.3'), ('--aa', "it's"), ('--only-here', '3'),
+                       ('--opt-kwargs', 'alpha=0.0025')}
+    assert '--amp' not in words
+    assert commands[0].endswith('  # with amp: false in args.yaml')
+    assert shlex.split(commands[1])[-2:] == ['--initial-checkpoint', f'{first.name}/last.pth.tar']
+
+
+def test_hours_are_left_out_where_args_are_younger_than_the_checkpoint(train_run, tmp_path):
+    run = train_run()
+    os.utime(run / 'args.yaml', (2 ** 32, 2 ** 32))
+    assert 'hours' not in export(run, tmp_path / NAME, **SETTINGS)['training'][0]
+    assert 'hours' not in (tmp_path / NAME / 'README.md').read_text()
+
+
+def test_code_of_the_card_runs_whatever_the_user_has_typed(train_run, tmp_path, monkeypatch):
+    """With fewer classes than five, and a data set whose name would be a heading, HTML and a picture."""
+    dataset = 'x\n# Heading\n<script>alert(1)</script> ![p](http://evil) `code`'
+    export(train_run(), tmp_path / NAME, license='mit', dataset=dataset)
+    card = ModelCard.load(tmp_path / NAME / 'README.md')
+    assert '\n# Heading' not in card.text
+    assert not re.search(r'(?<!\\)(<script|\[p\]|`code)', card.text)
+    code = '\n'.join(re.findall('```python\n(.*?)```', card.text, re.DOTALL))
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (60, 50)).save('image.jpg')
+    names = {}
+    exec(code.replace(f'hf-hub:OWNER/{NAME}', f'local-dir:{tmp_path / NAME}'), names)
+    assert names['probabilities'].shape == (4,)
+    assert names['embedding'].shape == (1, 96)
+
+
+@pytest.mark.parametrize('tag', ["x'+__import__('os').getcwd()+'", 'a b', 'x\ny', '-x', '<b>'])
+def test_hostile_tags_are_refused(train_run, tmp_path, tag):
+    with pytest.raises(ValueError, match='must be named'):
+        export(train_run(), tmp_path / f'test_ws_resnet.{tag}', **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_averaged_weights_that_do_not_fit_are_refused(train_run, tmp_path):
+    run = train_run(with_ema=True)
+    checkpoint = best(run)
+    checkpoint['state_dict_ema']['fc.bias'] = torch.zeros(5)
+    torch.save(checkpoint, run / 'model_best.pth.tar')
+    with pytest.raises(RuntimeError, match=r'size mismatch for fc\.bias'):
+        export(run, tmp_path / NAME, **SETTINGS, ema=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blank_lines_at_the_end_of_the_labels_do_not_count(train_run, tmp_path):
+    labels = tmp_path / 'labels.tsv'
+    labels.write_text('name\twords\n' + ''.join(f'n{index}\tthing\n' for index in range(4)) + '\n \n')
+    export(train_run(), tmp_path / NAME, **SETTINGS, labels=labels)
+    assert json.loads((tmp_path / NAME / 'config.json').read_text())['label_names'] == ['n0', 'n1', 'n2', 'n3']
+
+
+def test_two_exports_at_once_leave_the_first(train_run, tmp_path, monkeypatch):
+    run = train_run()
+
+    def card(folder):
+        (tmp_path / NAME).mkdir()
+        (tmp_path / NAME / 'first').touch()
+        return ''
+
+    monkeypatch.setattr('timm_aws.checkpoint.export.model_card', card)
+    with pytest.raises(ValueError, match='exists already: move it away'):
+        export(run, tmp_path / NAME, **SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert [path.name for path in (tmp_path / NAME).iterdir()] == ['first']
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['export', 'nofolder', NAME, '--dataset', 'x', '--license', 'mit'], 'nofolder does not exist'),
+    (['export', 'record.csv', NAME, '--dataset', 'x', '--license', 'mit'],
+     'record.csv cannot be read as a checkpoint: it is damaged, or not written by torch.save'),
+    (['plot', '.'], '. is not a file: give the CSV file of a record'),
+])
+def test_messages_say_what_to_do(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'record.csv').write_text('step,layer\n')
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_wrong_weights_for_the_architecture(train_run, tmp_path):

@@ -76,6 +76,15 @@ def test_private_repository_is_seen_by_its_owner_alone(hub, checkpoint_folder, m
         timm.create_model(f'hf-hub:{REPO}', pretrained=True)
 
 
+def test_private_is_refused_for_a_public_repository_before_anything_is_sent(hub, copied, capsys):
+    publish(copied, REPO)
+    before = hub.published(REPO)
+    (copied / 'args.yaml').write_text('epochs: 3\n')
+    assert f'{REPO} exists and is public' in refused(capsys, copied, REPO, '--private')
+    assert hub.published(REPO) == before
+    assert not hub.repositories[REPO].private
+
+
 def test_revision_is_a_branch_of_its_own(hub, checkpoint_folder):
     done = publish(checkpoint_folder, REPO, revision='v2')
     assert done.url.endswith('/tree/v2')
@@ -106,6 +115,7 @@ def refused(capsys, folder, repo_id=REPO, *options):
     ('hf_writer', 'bob/name', 'the name may be somebody else'),
     ('hf_writer', 'no name', 'is not of the form owner/name'),
     ('hf_writer', 'a/b/c', 'is not of the form owner/name'),
+    ('hf_writer', 'name', 'is not of the form owner/name'),
 ])
 def test_refusals_are_one_line_and_leave_no_repository(hub, checkpoint_folder, capsys, monkeypatch, token, repo_id,
                                                         message):
@@ -199,6 +209,10 @@ def test_folder_is_checked_before_anything_is_sent(hub, copied, capsys):
     ({'architecture': '../../etc'}, 'Unknown model'),
     ({'num_classes': 5, 'label_names': ['a'] * 5}, 'disagrees with itself on num_classes'),
     ({'architecture': 'ws_resnet18'}, 'cannot be loaded: '),
+    ({'label_names': ['a', 1, None, 'd']}, 'must name 4 labels as strings'),
+    *(({'pretrained_cfg': {'input_size': [3, 48, 48], **wrong}}, 'cannot be loaded: ') for wrong in (
+        {'std': [0, 0, 0]}, {'std': [float('nan')] * 3}, {'mean': 'grey'}, {'crop_pct': -1}, {'mean': [0.5, 0.5]},
+        {'interpolation': 'finest'})),
 ])
 def test_config_that_is_wrong_or_hostile_is_refused(hub, copied, capsys, change, message):
     config = json.loads((copied / 'config.json').read_text())

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -65,39 +66,82 @@ def export(
 
     Raises:
         ValueError: If the source is no checkpoint of train.py, if `out` exists or is not named after the network, if
-            labels and classes are not equal in number, if `ema` has to be chosen, or if half precision does harm.
-        subprocess.CalledProcessError: If validate.py fails.
+            labels and classes are not equal in number, if `ema` has to be chosen, if `license` is no identifier, or if
+            half precision does harm.
+        RuntimeError: If the weights do not fit the network, or if validate.py fails.
     """
     checkpoint = load_checkpoint(find_checkpoint(source))
-    _check_name(out, checkpoint.args['model'])
+    model = _network(checkpoint)
+    _check_name(out, model.pretrained_cfg['architecture'])
+    if not re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', license):
+        raise ValueError(f'license must be an SPDX identifier in lower case, such as apache-2.0, not {license!r}.')
     _check_choice(checkpoint, ema, data_dir, validate_py)
+    candidates = (False, True)[:1 + checkpoint.has_ema] if ema is None else (ema,)
+    for use in candidates:
+        model.load_state_dict(checkpoint.weights(use))
+    start = _start(stages_of(checkpoint)[0], model.pretrained_cfg)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as aside:
         folder = Path(aside, out.name)
-        _write_config(checkpoint, folder, license, out.name.partition('.')[2], labels, img_size)
+        _write_config(checkpoint, model, folder, license, labels, img_size)
         full = {}
         if validate_py and data_dir:
-            candidates = (False, True)[:1 + checkpoint.has_ema] if ema is None else (ema,)
             full = {use: _validate(checkpoint, folder, data_dir, validate_py, use) for use in candidates}
             ema = max(full, key=lambda use: full[use]['top1'])
         ema = bool(ema)
         _write_weights(checkpoint, folder, ema)
-        results = _results(checkpoint, folder, dataset, ema, data_dir)
+        results = {**_results(checkpoint, folder, dataset, ema, data_dir), **start}
         if validate_py and data_dir:
             _check_half(full[ema], half := _validate(checkpoint, folder, data_dir, validate_py))
             results = {**results, 'metrics': half, 'metrics_in_full_precision': full[ema]}
         (folder / RESULTS).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
         _write_effective_lr(checkpoint, folder)
         (folder / CARD).write_text(model_card(folder), encoding='utf-8')
-        folder.rename(out)
+        try:
+            folder.rename(out)
+        except OSError:
+            _check_name(out, model.pretrained_cfg['architecture'])  # made by somebody else meanwhile
+            raise
     return results
+
+
+def _network(checkpoint: Checkpoint) -> Any:
+    """Builds the network that train.py has built, without weights."""
+    args = checkpoint.args
+    in_chans = args['input_size'][0] if args['in_chans'] is None and args.get('input_size') else args['in_chans']
+    return timm.create_model(
+        args['model'], num_classes=args['num_classes'], in_chans=in_chans, global_pool=args['gp'],
+        **args['model_kwargs'])
+
+
+def _start(first: Checkpoint, cfg: dict[str, Any]) -> dict[str, Any]:
+    """Returns {'start': name and, where known, dataset and license of the weights before the first run}."""
+    path = first.args['initial_checkpoint'] or first.args.get('pretrained_path')
+    if path:
+        start = {'name': _last_parts(path)}
+        folder = Path(path).parent
+        if (folder / RESULTS).is_file() and (folder / CONFIG).is_file():
+            start = {
+                'name': folder.name,
+                'dataset': str(read_json(folder / RESULTS).get('dataset', '')),
+                'license': str(read_json(folder / CONFIG).get('pretrained_cfg', {}).get('license', '')),
+            }
+    elif first.args.get('pretrained'):
+        start = {'name': f'{cfg["architecture"]}.{cfg.get("tag") or "default"}', 'license': cfg.get('license') or ''}
+    else:
+        return {}
+    return {'start': start}
+
+
+def _last_parts(path: str) -> str:
+    return '/'.join(Path(path).parts[-2:])
 
 
 def _check_name(out: Path, architecture: str) -> None:
     name, _, tag = out.name.partition('.')
-    if name != architecture or not tag:
+    if name != architecture or not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', tag):
         raise ValueError(f'The folder must be named {architecture}.<tag>, such as {architecture}.aws_tin200, '
-                         f'not {out.name!r}.')
+                         f'with a tag of letters, digits, ".", "_" and "-", not {out.name!r}.')
     if out.exists():
         raise ValueError(f'{out} exists already: move it away, or export to another place.')
 
@@ -116,38 +160,52 @@ def _check_choice(checkpoint: Checkpoint, ema: bool | None, data_dir: Path | Non
 
 def _write_config(
         checkpoint: Checkpoint,
+        model: Any,
         folder: Path,
         license: str,
-        tag: str,
         labels: Path | None,
         img_size: int | None,
 ) -> None:
     """Writes config.json and args.yaml."""
     args = checkpoint.args
-    model: Any = timm.create_model(
-        args['model'], num_classes=args['num_classes'], in_chans=args['in_chans'], global_pool=args['gp'],
-        **args['model_kwargs'])
-    model.load_state_dict(checkpoint.weights(ema=False))
-    data = resolve_data_config({**args, 'img_size': img_size or args['img_size']}, model=model)
+    data = resolve_data_config(args, model=model)
+    channels, *size = data['input_size']
+    data['input_size'] = (channels, *([img_size] * 2 if img_size else size))
+    for key in ('mean', 'std'):  # of gray images train.py takes the average of the colours
+        if len(data[key]) != channels:
+            data[key] = (sum(data[key]) / len(data[key]),) * channels
     reduction = model.feature_info[-1]['reduction']
     model.pretrained_cfg = {
-        **model.pretrained_cfg, **data, 'tag': tag, 'license': license, 'num_classes': model.num_classes,
+        **model.pretrained_cfg, **data, 'tag': folder.name.partition('.')[2], 'license': license,
+        'num_classes': model.num_classes, 'label_names': None, 'label_descriptions': None,
         'pool_size': tuple(math.ceil(size / reduction) for size in data['input_size'][1:]),
     }
-    config = {'label_names': list(names), 'label_descriptions': names} if (names := _labels(labels)) else {}
-    if names and len(names) != model.num_classes:
-        raise ValueError(f'{labels} names {len(names)} classes, the network has {model.num_classes}.')
+    config: dict[str, Any] = {}
+    if labels:
+        names = _labels(labels)
+        if len(names) != model.num_classes:
+            raise ValueError(f'{labels} names {len(names)} classes, the network has {model.num_classes}.')
+        config = {'label_names': list(names), 'label_descriptions': names}
     save_for_hf(  # with weights, which _write_weights replaces
         model, str(folder), model_config=config, model_args=args['model_kwargs'] or None, safe_serialization=True)
     exported = read_json(folder / CONFIG)
     exported.get('model_args', {}).pop('num_classes', None)  # transformers passes it a second time and fails
     (folder / CONFIG).write_text(json.dumps(exported, indent=2), encoding='utf-8')
+    (folder / ARGS).write_text(yaml.safe_dump(_settings(args)), encoding='utf-8')
+
+
+def _settings(args: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of train.py without the places on one machine."""
     settings = {key: value for key, value in args.items() if key not in _PLACES}
-    (folder / ARGS).write_text(yaml.safe_dump(settings), encoding='utf-8')
+    if settings['model'].startswith('local-dir:'):
+        settings['model'] = f'local-dir:{Path(settings["model"]).name}'
+    if settings.get('pretrained_path'):
+        settings['pretrained_path'] = _last_parts(settings['pretrained_path'])
+    return settings
 
 
-def _labels(path: Path | None) -> dict[str, str]:
-    lines = path.read_text(encoding='utf-8').splitlines()[1:] if path else []
+def _labels(path: Path) -> dict[str, str]:
+    lines = path.read_text(encoding='utf-8').rstrip().splitlines()[1:]
     return {name: words for name, _, words in (line.partition('\t') for line in lines)}
 
 
@@ -184,9 +242,10 @@ def _validate(
     with tempfile.TemporaryDirectory() as aside:
         path = Path(aside, 'results.json')
         # In a session of its own it gets no Ctrl-C, which would print a traceback. subprocess.run kills it instead.
-        subprocess.run(
-            [*command, '--results-file', str(path), '--results-format', 'json'],
-            check=True, cwd=aside, start_new_session=True)
+        done = subprocess.run(
+            [*command, '--results-file', str(path), '--results-format', 'json'], cwd=aside, start_new_session=True)
+        if done.returncode:
+            raise RuntimeError(f'{validate_py} failed with exit code {done.returncode}: see its own words above.')
         found = json.loads(path.read_text())
     return {
         **{key: found[key] for key in ('top1', 'top5', 'img_size', 'crop_pct', 'interpolation')},
@@ -246,20 +305,29 @@ def hardware(device: str) -> str:
 def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> dict[str, Any]:
     """Returns the command that repeats one run with the args.yaml of the last run, its epochs, hours and images."""
     args = stage.args
-    other = {key: value for key, value in args.items() if key not in _PLACES and value != final[key]}
+    last = _settings(final)
+    other = {key: value for key, value in _settings(args).items() if value != last.get(key)}
     if args['initial_checkpoint']:
-        other['initial_checkpoint'] = '/'.join(Path(args['initial_checkpoint']).parts[-2:])
-    words = ['python train.py --config args.yaml --data-dir', Path(args['data_dir'] or 'DATA').name]
+        other['initial_checkpoint'] = _last_parts(args['initial_checkpoint'])
+    words = ['python', 'train.py', '--config', 'args.yaml', '--data-dir', Path(args['data_dir'] or 'DATA').name]
+    notes = []
     for key, value in other.items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
+        if value is None or value is False:  # no option of train.py takes these
+            notes.append(f'with {key}: {"null" if value is None else "false"} in args.yaml')
+            continue
+        if isinstance(value, dict):
+            value = [f'{name}={item}' for name, item in value.items()]
+        values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
         words += [f"--{key.replace('_', '-')}", *map(str, values)]
     if args is not final and stage.epochs < args['epochs']:
-        words.append(f' # the next run starts from epoch {stage.epochs} of {args["epochs"]}')
-    stage_results: dict[str, Any] = {'command': ' '.join(words), 'epochs': stage.epochs}
+        notes.append(f'the next run starts from epoch {stage.epochs} of {args["epochs"]}')
+    command = shlex.join(words) + (f'  # {", ".join(notes)}' if notes else '')
+    stage_results: dict[str, Any] = {'command': command, 'epochs': stage.epochs}
     if (stage.run / 'args.yaml').is_file():
         # From the start of the run, or its last --resume, until the checkpoint was written.
         seconds = stage.path.stat().st_mtime - (stage.run / 'args.yaml').stat().st_mtime
-        stage_results['hours'] = round(seconds / 3600, 2)
+        if seconds >= 0:  # a copy of args.yaml may be younger
+            stage_results['hours'] = round(seconds / 3600, 2)
     if data_dir:
         stage_results['images'] = stage.epochs * len(create_dataset('', root=str(data_dir), split=args['train_split']))
     return stage_results

@@ -152,8 +152,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not (isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) and 0 < n <= 4096 for n in size)):
         raise ValueError(f'{path} must have an input_size of channels, height and width, not {size!r}.')
     names = config.get('label_names', [])
-    if names and not (isinstance(names, list) and len(names) == config['num_classes']):
-        raise ValueError(f'{path} must name {config["num_classes"]} labels, or none.')
+    if names and not (isinstance(names, list) and len(names) == config['num_classes']
+                      and all(isinstance(name, str) for name in names)):
+        raise ValueError(f'{path} must name {config["num_classes"]} labels as strings, or none.')
     return config
 
 

@@ -1,4 +1,5 @@
 """The card of a checkpoint folder, its README.md: how to use the network, and what it was trained and measured on."""
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,11 @@ def _metadata(config: dict[str, Any], results: dict[str, Any]) -> ModelCardData:
 
 def _introduction(config: dict[str, Any], results: dict[str, Any]) -> str:
     height, width = config['pretrained_cfg']['input_size'][1:]
+    start = results.get('start')
+    trained = f'trained further from {_origin(start)}' if start else 'trained from scratch'
     text = _filled(
         f'`{config["architecture"]}` of the [timm](https://github.com/huggingface/pytorch-image-models) plugin '
-        f'timm_aws, trained from scratch on {results["dataset"]}: {config["num_classes"]} classes, images of '
+        f'timm_aws, {trained} on {_escaped(results["dataset"])}: {config["num_classes"]} classes, images of '
         f'{height} × {width} pixels, {results["weights"]["parameters"] / 1e6:.1f} million parameters.')
     return f'# {results["name"]}\n\n{text}\n'
 
@@ -92,7 +95,7 @@ import timm
 import timm_aws  # registers {config["architecture"]} with timm
 
 # OWNER stands in the address of this page. 'local-dir:PATH' loads a folder with these files.
-name = 'hf-hub:OWNER/{results["name"]}'
+name = {"hf-hub:OWNER/" + results["name"]!r}
 model = timm.create_model(name, pretrained=True).eval()
 ```
 
@@ -106,7 +109,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 image = Image.open('image.jpg').convert('RGB')
 with torch.inference_mode():
     probabilities = model(transform(image).unsqueeze(0)).softmax(-1)[0]
-for index in probabilities.topk(5).indices.tolist():
+for index in probabilities.topk({min(5, config["num_classes"])}).indices.tolist():
     {_PRINT[bool(config.get("label_names"))]}
 ```
 
@@ -129,9 +132,10 @@ def _results(results: dict[str, Any]) -> str:
     if 'metrics' not in results:
         return '## Results\n\nNot validated.\n'
     metrics, full = results['metrics'], results['metrics_in_full_precision']
+    dataset = _escaped(results['dataset'])
     return f'''## Results
 
-On the {metrics["images"]:,} validation images of {results["dataset"]}, measured on these files by {metrics["by"]}:
+On the {metrics["images"]:,} validation images of {dataset}, measured on these files by {metrics["by"]}:
 
 | top-1 | top-5 | image size | crop | interpolation |
 |---|---|---|---|---|
@@ -145,7 +149,8 @@ The filters are stored in half precision. In full precision top-1 is {full["top1
 def _training(args: dict[str, Any], results: dict[str, Any], folder: Path) -> str:
     stages = results['training']
     total = {key: sum(stage.get(key, 0) for stage in stages) for key in ('hours', 'images')}
-    options = ', '.join(f'{key} {value}' for key, value in (args['opt_kwargs'] or {}).items())
+    options = ', '.join(_escaped(f'{key} {value}') for key, value in (args['opt_kwargs'] or {}).items())
+    hours = f'{total["hours"]:.1f} hours on ' if all('hours' in stage for stage in stages) else ''
     seen = f', {total["images"] / 1e6:.1f} million images seen' if total['images'] else ''
     picture = '' if not (folder / PICTURE).is_file() else '''
 ![Effective learning rate of each layer](effective_lr.png)
@@ -155,9 +160,9 @@ Learning rate divided by filter length after each epoch, the median over each la
 '''
     text = _filled(
         f'`{args["opt"]}`{f" ({options})" if options else ""}, momentum {args["momentum"]}, batch size '
-        f'{args["batch_size"]}, {sum(stage["epochs"] for stage in stages)} epochs{seen}, {total["hours"]:.1f} hours on '
-        f'{results["hardware"]}, seed {results["seed"]}. {_weights_taken(results)} [args.yaml](args.yaml) holds every '
-        f"option of timm's unmodified train.py:")
+        f'{args["batch_size"]}, {sum(stage["epochs"] for stage in stages)} epochs{seen}, '
+        f'{hours}{results["hardware"]}, seed {results["seed"]}. {_weights_taken(results)} [args.yaml](args.yaml) holds '
+        f"every option of timm's unmodified train.py:")
     return f'''## Training
 
 {text}
@@ -177,12 +182,27 @@ def _weights_taken(results: dict[str, Any]) -> str:
 
 def _limits(config: dict[str, Any], results: dict[str, Any]) -> str:
     height, width = config['pretrained_cfg']['input_size'][1:]
+    start = results.get('start')
+    seen = _escaped(results['dataset'])
+    seen += f' after {_origin(start)}, whose training images and terms count too' if start else ' only'
     text = (
-        f'The network was trained on {results["dataset"]} only. It knows {config["num_classes"]} classes, assigns one '
+        f'The network was trained on {seen}. It knows {config["num_classes"]} classes, assigns one '
         f'of them to every image, and expects photographs of {height} × {width} pixels. This is no ImageNet-1k model: '
         f'its accuracy cannot be compared with ImageNet-1k accuracies. The terms of the training images apply beside '
         f'the licence of the weights.')
     return f'## Limits\n\n{_filled(text)}\n'
+
+
+def _origin(start: dict[str, Any]) -> str:
+    """Names the weights that training started from, and what is known of them."""
+    known = [f'{word} {_escaped(start[key])}' for key, word in (('dataset', 'trained on'), ('license', 'licence'))
+             if start.get(key)]
+    return f'the weights {_escaped(start["name"])}' + (f' ({", ".join(known)})' if known else '')
+
+
+def _escaped(text: str) -> str:
+    """Returns text as Markdown shows it: in one line, without markup or HTML."""
+    return re.sub(r'([\\`*_\[\]<>#|~&$])', r'\\\1', ' '.join(text.split()))
 
 
 def _filled(text: str) -> str:

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import safe_open
+from torchvision.transforms.functional import to_pil_image
 
 from .folder import CONFIG, CURVES, PICTURE, WEIGHTS, check_folder, git_blob_id, sha256
 
@@ -66,7 +67,7 @@ def publish(
     Args:
         folder: A checkpoint folder, see `timm-aws export`.
         repo_id: Repository, `owner/name`. It is created if it does not exist.
-        private: Create it as a private one. An existing repository stays as public or private as it is.
+        private: Create it as a private one. A public one that exists already is refused.
         revision: Branch to publish on, created if it does not exist. None is the main branch.
         dry_run: Only check the folder and ask the Hub what it has already.
 
@@ -74,9 +75,12 @@ def publish(
         The address, the files that were uploaded and the commit.
 
     Raises:
-        ValueError: If the folder is incomplete or damaged, or if repo_id is not a valid name.
+        ValueError: If the folder is incomplete or damaged, if its preprocessing does not work, if repo_id is not a
+            valid name, or if it is public and `private` is given.
         RuntimeError: If there is no token, if the Hub refuses or fails, or if it gives back other files.
     """
+    if repo_id.count('/') != 1:
+        raise ValueError(f'repo_id {repo_id!r} is not of the form owner/name.')
     check_folder(folder)
     try:
         _check_shapes(folder)
@@ -103,6 +107,8 @@ def publish(
 def _make_branch(api: HfApi, repo_id: str, private: bool, revision: str | None) -> str:
     """Creates repository and branch if they do not exist; returns the branch's last commit."""
     api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f'{repo_id} exists and is public: make it private on the Hub, or publish without private.')
     if revision:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return str(api.model_info(repo_id, revision=revision).sha)
@@ -177,11 +183,21 @@ def _check_shapes(folder: Path) -> None:
 
 
 def _logits(folder: Path) -> torch.Tensor:
-    """Computes the logits, (1, num_classes), of one fixed image of noise."""
+    """Computes the logits, (1, num_classes), of one fixed image of noise that timm has preprocessed.
+
+    Raises:
+        ValueError: If the preprocessing gives something else than finite pixels in the input size.
+    """
     model: Any = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    image = torch.randn(1, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+    data = timm.data.resolve_model_data_config(model)
+    channels = data['input_size'][0]
+    noise = torch.rand(channels, 300, 400, generator=torch.Generator().manual_seed(0))
+    image = to_pil_image(noise) if channels <= 4 else noise  # more channels do not fit in a picture
+    batch = timm.data.create_transform(**data, is_training=False)(image).unsqueeze(0)
+    if batch.shape[1:] != data['input_size'] or not batch.isfinite().all():
+        raise ValueError(f'the preprocessing in {CONFIG} gives {tuple(batch.shape)}, or pixels that are not finite')
     with torch.inference_mode():
-        return model(image)
+        return model(batch)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,8 @@ def find_checkpoint(source: Path) -> Path:
     Raises:
         ValueError: If there is none.
     """
+    if not source.exists():
+        raise ValueError(f"{source} does not exist: give a folder of timm's train.py, or a checkpoint in it.")
     candidates = [source / 'model_best.pth.tar', source / 'last.pth.tar'] if source.is_dir() else [source]
     for path in candidates:
         if path.is_file():
@@ -78,12 +80,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises many types, depending on the damage
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f'{path} cannot be read as a checkpoint: {reason}') from error
+        raise ValueError(
+            f'{path} cannot be read as a checkpoint: it is damaged, or not written by torch.save, or it holds more '
+            f'than tensors and plain values.'
+        ) from error
     problem = _problem(content)
     if problem:
         raise ValueError(f"{path} is not a checkpoint of timm's train.py: {problem}.")
-    return Checkpoint(path.resolve(), dict(vars(content['args'])), content)
+    args = dict(vars(content['args']))
+    # A record is a file of one machine.
+    args['opt_kwargs'] = {key: value for key, value in (args.get('opt_kwargs') or {}).items() if key != 'record'}
+    return Checkpoint(path.resolve(), args, content)
 
 
 def _problem(content: Any) -> str:
@@ -102,10 +109,16 @@ def _problem(content: Any) -> str:
 
 
 def stages_of(checkpoint: Checkpoint) -> list[Checkpoint]:
-    """Follows --initial-checkpoint back: the last checkpoint of each run that led to this one, in order of time."""
+    """Follows --initial-checkpoint back: the last checkpoint of each run that led to this one, in order of time.
+
+    It stops at weights that no run of train.py has left, such as a plain state dict.
+    """
     stages = [checkpoint]
     while (start := stages[0].args['initial_checkpoint']) and Path(start).is_file():
-        stage = load_checkpoint(Path(start))
+        try:
+            stage = load_checkpoint(Path(start))
+        except ValueError:
+            break
         if stage.path in [known.path for known in stages]:  # overwritten by the run that started from it
             break
         stages.insert(0, stage)
