@@ -2,13 +2,15 @@
 
     python scripts/bench.py step [--model ws_resnet50]
     python scripts/bench.py train | infer | startup | scale
+    python scripts/bench.py gpu
 
 Variants take turns, round by round, so that a drift of the machine meets them all; figures are medians over the rounds
 with the lowest and the highest, and ratios to a base of the same round. Each prints a table and writes
-scripts/results/bench_<name>.json. What is timed is described in benchmarks/<name>.py.
+scripts/results/bench_<name>.json. What is timed is described in benchmarks/<name>.py. `gpu` is all of it for a GPU.
 """
 import argparse
 
+from benchmarks.gpu import gpu
 from benchmarks.infer import infer
 from benchmarks.scale import scale
 from benchmarks.startup import startup
@@ -25,6 +27,7 @@ def main() -> None:
         infer: {'--img-size': 224},
         startup: {},
         scale: {},
+        gpu: {},
     }
     for command, defaults in options.items():
         command_parser = commands.add_parser(command.__name__)

@@ -7,6 +7,8 @@ have no filters and take the group's weight decay. rule.py has the equations, an
 
 What is not the shrink is torch's own code: alpha = 0 gives torch.optim.SGD, Adam and AdamW bit for bit.
 """
+import functools
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +31,29 @@ class _ParamState:
         param: Changed in place.
         grad: What torch's update takes for the gradient; read.
         buffers: The optimizer's state for this parameter, changed in place; None for what the step is still to make.
+        carrier: Name of the buffer through which a coupled shrink reaches the weight; None if it is the gradient.
+        share: What the shrink is multiplied by there.
     """
     param: torch.Tensor
     grad: torch.Tensor
     buffers: dict[str, Any]
+    carrier: str | None
+    share: float
+
+
+@functools.cache
+def has_kernel(device: torch.device) -> bool:
+    """Whether rule_triton.py runs on a device: on a GPU that Triton knows, where Triton is installed."""
+    return (device.type == 'cuda' and importlib.util.find_spec('triton') is not None
+            and torch.cuda.get_device_capability(device) >= (7, 0))
+
+
+def takes_kernel(param: torch.Tensor) -> bool:
+    """Whether rule_triton.py shrinks a parameter; a compiled step has the shrink in its own kernels."""
+    if torch.compiler.is_compiling() or not has_kernel(param.device):
+        return False
+    from .rule_triton import fits  # here, as Triton is not everywhere
+    return fits(param)
 
 
 class _CoupledOrDecoupled(ShrinkGroups):
@@ -59,7 +80,9 @@ class _CoupledOrDecoupled(ShrinkGroups):
         self._check_gradients()
         for group in self.param_groups:
             for part, shrinks in self._parts(group):
-                if shrinks:
+                if shrinks and group['fused'] and takes_kernel(part[0].param):
+                    self._shrink_at_once(group, part)
+                elif shrinks:
                     for state in part:
                         self._shrink(group, state, filter_length(state.param, group['normalization']))
                 self._update(group, part, 0. if shrinks else group['weight_decay'])
@@ -73,12 +96,20 @@ class _CoupledOrDecoupled(ShrinkGroups):
         """
         plain: list[_ParamState] = []
         shrunk: list[_ParamState] = []
+        launched: dict[tuple, list[_ParamState]] = {}
         for state in self._states(group):
             if group['fused']:
                 self._match_formats(state)
-            (shrunk if group['alpha'] != 0 and state.param.ndim >= 2 else plain).append(state)
+            if group['alpha'] == 0 or state.param.ndim < 2:
+                plain.append(state)
+            elif group['fused'] and takes_kernel(state.param):
+                launched.setdefault((state.param.device, state.param.dtype, state.carrier), []).append(state)
+            else:
+                shrunk.append(state)
         if plain:
             yield plain, False
+        for part in launched.values():
+            yield part, True
         at_once = group['foreach']
         if at_once is None and shrunk:  # torch's choice
             at_once = torch.compiler.is_compiling() or shrunk[0].param.is_cuda
@@ -89,18 +120,34 @@ class _CoupledOrDecoupled(ShrinkGroups):
 
     def _shrink(self, group: dict[str, Any], state: _ParamState, length: torch.Tensor) -> None:
         """Shrinks a weight, or lets its update do so: through the momentum buffer or through the gradient."""
-        buffer = state.buffers.get('momentum_buffer')
         if group['decoupled']:
             state.param.mul_(self._multiplier(group, state.param, length))
-        # A momentum near 0, by which the shrink is divided below, would make it overflow.
-        elif buffer is None or group['nesterov'] or group['momentum'] < 1e-3:
-            alpha = -group['alpha'] if group['maximize'] else group['alpha']
-            state.grad = add_shrink(state.grad, state.param, length, alpha)
+        elif state.carrier is None:
+            state.grad = add_shrink(state.grad, state.param, length, group['alpha'] * state.share)
         else:
-            # What joins the gradient ends up in the buffer, times 1 - dampening, after the buffer's own decay. So it
-            # can be put there beforehand, in place, where a gradient to add it to would have to be a new tensor.
-            share = group['alpha'] * ((1 - group['dampening']) / group['momentum'])
-            buffer.addcmul_(state.param, shrink_factor(1., length), value=share)
+            factor = shrink_factor(1., length)
+            state.buffers[state.carrier].addcmul_(state.param, factor, value=group['alpha'] * state.share)
+
+    def _shrink_at_once(self, group: dict[str, Any], part: list[_ParamState]) -> None:
+        """Does in one launch what `_shrink` does to each; the first decides for all, which are alike."""
+        from .rule_triton import GroupShrink
+
+        launch = self._launches.setdefault(part[0].param, GroupShrink())
+        weights, carrier = [state.param for state in part], part[0].carrier
+        if group['decoupled']:
+            launch(weights, weights, group['normalization'], group['alpha'], group['lr'])
+            return
+        if carrier is None:
+            targets = launch.copy([state.grad for state in part])
+            for state, target in zip(part, targets):
+                state.grad = target
+        else:
+            targets = [state.buffers[carrier] for state in part]
+        launch(weights, targets, group['normalization'], group['alpha'] * part[0].share)
+
+    @functools.cached_property  # so that what holds addresses is not copied or saved with the optimizer
+    def _launches(self) -> dict[torch.Tensor, Any]:
+        return {}
 
     def _match_formats(self, state: _ParamState) -> None:
         """Brings gradient and buffers into the memory format of their parameter.
@@ -174,7 +221,8 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
             decoupled: Whether the shrink acts on the weight directly rather than through the momentum buffer.
             maximize: Climb the gradient. The shrink shrinks all the same.
             foreach: torch's multi-tensor update, its default on CUDA.
-            fused: torch's fused update.
+            fused: torch's fused update, and on CUDA with Triton the shrink of a group in one launch; it differs from
+                torch's default in the last bits, so that it is no default here either.
 
         Raises:
             ValueError: If a value is negative, not finite or unknown.
@@ -186,10 +234,18 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
         self._step_supports_amp_scaling = False  # the shrink joins gradients that are unscaled
 
     def _states(self, group):
-        return [
-            _ParamState(param, param.grad, {'momentum_buffer': self.state.get(param, {}).get('momentum_buffer')})
-            for param in group['params'] if param.grad is not None
-        ]
+        states = []
+        for param in group['params']:
+            if param.grad is not None:
+                buffer = self.state.get(param, {}).get('momentum_buffer')
+                carrier, share = None, -1. if group['maximize'] else 1.
+                # A momentum near 0, by which the shrink is divided, would make it overflow.
+                if buffer is not None and not group['nesterov'] and group['momentum'] >= 1e-3:
+                    # What joins the gradient ends up in the buffer, times 1 - dampening, after the buffer's own decay.
+                    # So it can be put there beforehand, in place, where a gradient to add it to would be a new tensor.
+                    carrier, share = 'momentum_buffer', (1 - group['dampening']) / group['momentum']
+                states.append(_ParamState(param, param.grad, {'momentum_buffer': buffer}, carrier, share))
+        return states
 
     def _update(self, group, part, weight_decay):
         buffers = [state.buffers['momentum_buffer'] for state in part]
@@ -199,7 +255,8 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
                 self._update(group, [state for state, new in zip(part, fresh) if new is kind], weight_decay)
             return
         grads = [state.grad for state in part]
-        if group['nesterov'] and group['foreach'] is not False:  # else torch adds the momentum to them in place
+        if group['nesterov'] and group['foreach'] is not False and not group['fused']:
+            # torch's multi-tensor update adds the momentum to them in place
             grads = [grad.clone() if grad is state.param.grad else grad for grad, state in zip(grads, part)]
         sgd(
             [state.param for state in part],
@@ -262,7 +319,8 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
             maximize: Climb the gradient. The shrink shrinks all the same.
             foreach: torch's multi-tensor update, its default on CUDA.
             capturable: Whether a step can be captured in a CUDA graph.
-            fused: torch's fused update.
+            fused: torch's fused update, and on CUDA with Triton the shrink of a group in one launch; it differs from
+                torch's default in the last bits, so that it is no default here either.
 
         Raises:
             ValueError: If a value is negative, not finite or unknown.
@@ -298,7 +356,7 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
             buffers = {'exp_avg': averages[index], 'exp_avg_sq': squares[index], 'step': steps[index]}
             if group['amsgrad']:
                 buffers['max_exp_avg_sq'] = maxima[index]
-            states.append(_ParamState(param, grad, buffers))
+            states.append(_ParamState(param, grad, buffers, None, -1. if group['maximize'] else 1.))
         return states
 
     def _update(self, group, part, weight_decay):
