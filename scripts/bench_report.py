@@ -32,8 +32,8 @@ Each number is the median over interleaved rounds; each ratio compares with the 
 - **Step.** Set `fused=True` on the CPU (`--opt-kwargs fused=True`), for torch's optimizers as well as ours.
   `torch.compile(optimizer.step)` compiles AwsSGD and AwsAdam into one graph. Pass `lr` as a tensor: a float is
   recompiled when it changes.
-- **Inference.** In CPU evaluation the normalized weights are cached until they change. The cache takes as much memory
-  as the weights. Folded weights need no cache.
+- **Inference.** In CPU evaluation the normalized weights are cached until they change. The cache takes twice as
+  much memory as the weights. Folded weights need no cache.
 - **Size.** The time of a step grows with the number of parameters: {ns_low} to {ns_high} ns for each parameter, over
   networks of {smallest} to {largest} million. Many small tensors cost more: 1,024 tensors take {tensors} times as long
   as 64 tensors with the same number of parameters. Short filters cost more: filters of 4 elements take {fan_in} times
