@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands = parser.add_subparsers(required=True, metavar='COMMAND')
         for add in (_add_run, _add_export, _add_publish, _add_plot):
             add(commands)
+        argv = list(sys.argv[1:] if argv is None else argv)
         options = parser.parse_args(argv)
+        if 'script' in options:
+            options.args = argv[argv.index(options.script) + 1:]  # argparse takes the first -- away
     options.command(options)
 
 
@@ -153,6 +156,7 @@ def _export(options: argparse.Namespace) -> None:
     with _interrupt_exits():
         from timm_aws.checkpoint.export import export
 
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # leaves no hidden folder behind
     results = export(
         options.source, options.out, dataset=options.dataset, license=options.license, ema=options.ema,
         labels=options.labels, img_size=options.img_size, data_dir=options.data_dir, validate_py=options.validate)

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shlex
+import signal
 import sys
 
 import numpy as np
@@ -408,6 +409,18 @@ def test_two_exports_at_once_leave_the_first(train_run, tmp_path, monkeypatch):
         export(run, tmp_path / NAME, **SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
     assert [path.name for path in (tmp_path / NAME).iterdir()] == ['first']
+
+
+def test_sigterm_leaves_no_hidden_folder(train_run, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr('timm_aws.checkpoint.export.model_card', lambda folder: signal.raise_signal(signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as exit:
+            main(['export', str(train_run()), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit'])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert exit.value.code == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('arguments, message', [

@@ -57,7 +57,8 @@ def _both(timm_aws, tmp_path, path, *args):
     return _run(sys.executable, path, *args, cwd=tmp_path), _run(*timm_aws, 'run', path, *args, cwd=tmp_path)
 
 
-@pytest.mark.parametrize('args', [(), ('a', 'b c'), ('--help',), ('-x', '--', '--config=y', 'run')])
+@pytest.mark.parametrize('args', [
+    (), ('a', 'b c'), ('--help',), ('-x', '--', '--config=y', 'run'), ('--', '--x', '--')])
 def test_script_finds_its_own_argv_name_file_and_path(timm_aws, tmp_path, script, args):
     python, ours = _both(timm_aws, tmp_path, script(HELLO), *args)
     assert (ours.stdout, ours.stderr, ours.returncode) == (python.stdout, python.stderr, 0)

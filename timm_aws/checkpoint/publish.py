@@ -35,7 +35,7 @@ _REASONS = {
 }
 
 # The base class of all errors of the HTTP library. The client's releases use different libraries.
-_TRANSPORT_ERROR: Any = HfHubHTTPError.__bases__[0]
+_TRANSPORT_ERROR: Any = next(cls for cls in reversed(HfHubHTTPError.__mro__) if cls.__module__ != 'builtins')
 
 
 @dataclass(frozen=True)
