@@ -53,6 +53,13 @@ def normalized_weights(model: nn.Module) -> dict[str, str]:
     }
 
 
+def _forward_of(cls: type[nn.Module]) -> tuple[Any, Any]:
+    return cls.forward, getattr(cls, '_conv_forward', None)
+
+
+_PLAIN_FORWARDS = [_forward_of(cls) for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)]
+
+
 def _uses(module: nn.Module) -> Iterable[tuple[nn.Parameter, str | None]]:
     """Yields the parameters of two dimensions and more that a module uses itself, with their normalization."""
     if isinstance(module, ParametrizationList) or type(module) is nn.Module:  # its layer uses it; or a graph does
@@ -64,11 +71,12 @@ def _uses(module: nn.Module) -> Iterable[tuple[nn.Parameter, str | None]]:
     known = module.normalization if isinstance(module, NormalizedConv2d) else None
     if isinstance(module, (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)):
         known = 'ws'
-    is_plain = 'weight' in own and not module._forward_pre_hooks
+    # By the forward, as torch's fully_shard makes subclasses of its own. A weight that is computed is no parameter.
+    is_plain = _forward_of(type(module)) in _PLAIN_FORWARDS
     for name, param in own.items():
         if param.ndim < 2:
             continue
-        if is_plain and (known or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        if 'weight' in own and (known or is_plain):
             yield param, known if name == 'weight' else None
         else:
             yield param, tried(module, name, known)
