@@ -111,15 +111,16 @@ def _waits(step: Row) -> bool:
 
 def _graphed() -> dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]]:
     lr = torch.tensor(LR, device='cuda')
+    shrink = {'alpha': ALPHA, 'normalization': 'ws'}
     sgd, adam = {'lr': lr, 'momentum': 0.9, 'fused': True}, {'lr': lr, 'fused': True, 'capturable': True}
     rows = {
         'torch SGD, fused': lambda params: torch.optim.SGD(params, **sgd),
-        'AwsSGD, fused': lambda params: AwsSGD(params, alpha=ALPHA, **sgd),
-        'AwsSGD, fused, decoupled': lambda params: AwsSGD(params, alpha=ALPHA, decoupled=True, **sgd),
-        'AwsSGD, fused, Nesterov': lambda params: AwsSGD(params, alpha=ALPHA, nesterov=True, **sgd),
+        'AwsSGD, fused': lambda params: AwsSGD(params, **shrink, **sgd),
+        'AwsSGD, fused, decoupled': lambda params: AwsSGD(params, **shrink, decoupled=True, **sgd),
+        'AwsSGD, fused, Nesterov': lambda params: AwsSGD(params, **shrink, nesterov=True, **sgd),
         'torch AdamW, fused': lambda params: torch.optim.AdamW(params, **adam),
-        'AwsAdam, fused': lambda params: AwsAdam(params, alpha=ALPHA, **adam),
-        'AwsAdam, fused, coupled': lambda params: AwsAdam(params, alpha=ALPHA, decoupled=False, **adam),
+        'AwsAdam, fused': lambda params: AwsAdam(params, **shrink, **adam),
+        'AwsAdam, fused, coupled': lambda params: AwsAdam(params, **shrink, decoupled=False, **adam),
     }
     return {f'{name}, CUDA graph': make for name, make in rows.items()}
 
