@@ -19,7 +19,9 @@ TEXT = """\
 
 ![Optimizer step, training step and inference, each as a multiple of its base](bench.png)
 
-Measured on the CPU, two threads ({hardware}). No GPU has been measured.
+Measured on the CPU, two threads ({hardware}), before forward and step were
+separated: measure them again. No GPU has timed this yet: the kernel is tested in Triton's interpreter only;
+`python scripts/bench.py gpu` measures it.
 Each number is the median over interleaved rounds; each ratio compares with the base in the same round. The files
 [step](bench_step.json), [train](bench_train.json), [infer](bench_infer.json), [startup](bench_startup.json),
 [scale](bench_scale.json) and [soak](soak.json) hold versions, spread and the numbers on one thread.
