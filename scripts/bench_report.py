@@ -19,9 +19,8 @@ TEXT = """\
 
 ![Optimizer step, training step and inference, each as a multiple of its base](bench.png)
 
-Measured on the CPU, two threads ({hardware}), before forward and step were
-separated: measure them again. No GPU has timed this yet: the kernel is tested in Triton's interpreter only;
-`python scripts/bench.py gpu` measures it.
+Measured on the CPU, two threads ({hardware}){bf16}. No GPU has timed this yet: the
+kernel is tested in Triton's interpreter only; `python scripts/bench.py gpu` measures it.
 Each number is the median over interleaved rounds; each ratio compares with the base in the same round. The files
 [step](bench_step.json), [train](bench_train.json), [infer](bench_infer.json), [startup](bench_startup.json),
 [scale](bench_scale.json) and [soak](soak.json) hold versions, spread and the numbers on one thread.
@@ -104,7 +103,9 @@ def text() -> str:
     ms = {sweep: {point['name']: point['rows']['AwsSGD, fused']['ms'] for point in scale[sweep]}
           for sweep in ('tensors', 'fan_in')}
     return TEXT.format(
-        hardware=load('bench_step')['hardware'], table=table(), ns_low=f'{min(ns):.1f}', ns_high=f'{max(ns):.1f}',
+        hardware=load('bench_step')['hardware'],
+        bf16='' if any('bf16' in mode for mode in trainings()) else ', which has no instructions for bf16',
+        table=table(), ns_low=f'{min(ns):.1f}', ns_high=f'{max(ns):.1f}',
         smallest=f'{min(large):.0f}', largest=f'{max(large):.0f}',
         tensors=f'{ms["tensors"]["1024"] / ms["tensors"]["64"]:.0f}',
         fan_in=f'{ms["fan_in"]["4"] / ms["fan_in"]["64"]:.0f}',

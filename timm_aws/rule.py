@@ -113,15 +113,16 @@ def _norm_on_cpu(weight: torch.Tensor, centered: bool, dims: tuple[int, ...], el
         # that one filter does not change the last digit of another. (torch.std takes ten times the time.)
         square, total = norm.square_(), weight.sum(dims, keepdim=True)
         rest = torch.addcmul(square, total, total, value=-1 / elements)
-        exact = rest > 0.5 * square
+        exact = rest > 0.5 * square  # not so either where the square is inf or NaN
         norm = rest.sqrt_()
-        if not exact.all():
-            norm = torch.where(exact, norm, _norm(weight, True, dims, elements))
-    if not norm.sum() < math.inf:
-        largest = weight.abs().amax(dims, keepdim=True)
-        scaled = largest * _norm(weight / largest, centered, dims, elements)
-        norm = torch.where(norm.isfinite(), norm, scaled.clamp_(max=torch.finfo(weight.dtype).max))
-    return norm
+        if exact.all():
+            return norm
+        norm = torch.where(exact, norm, _norm(weight, True, dims, elements))
+    if norm.sum() < math.inf:
+        return norm
+    largest = weight.abs().amax(dims, keepdim=True)
+    scaled = largest * _norm(weight / largest, centered, dims, elements)
+    return torch.where(norm.isfinite(), norm, scaled.clamp_(max=torch.finfo(weight.dtype).max))
 
 
 def is_on_cpu(tensor: torch.Tensor) -> bool:
