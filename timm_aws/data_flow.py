@@ -14,6 +14,9 @@ import torch
 import torch.fx
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, GroupNorm1, GroupNormAct, LayerNorm, LayerNorm2d, LayerNormAct2d
+from torch.func import functional_call
+
+from .invariance import same_outputs
 
 __all__ = ['ConvNormPair', 'conv_norm_pairs', 'norm_layers']
 
@@ -101,26 +104,17 @@ def _channels(module: nn.Module) -> int:
     return next((size for size in sizes if isinstance(size, int)), 4)
 
 
-@torch.no_grad()
 def _ignores(module: nn.Module, training: bool, x: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Whether a module returns the same for 0.1 * x and that times a scale."""
-    try:
-        module = copy.deepcopy(module)
-        on_meta = any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
-        module = (module.to_empty(device='cpu') if on_meta else module.cpu()).float().train(training)
-        with torch.random.fork_rng(devices=[]):
-            for tensor in (*module.parameters(), *module.buffers()):
-                if tensor.is_floating_point():
-                    tensor.uniform_(0.5, 1.5)  # a weight of zeros would hide what the layer does
-            outputs = []
-            for image in (0.1 * x, 0.1 * x * scale):
-                torch.manual_seed(0)  # of a dropout in it
-                outputs.append(module(image))
-        first, second = outputs
-        # The eps of a norm, up to 1e-3, shows at 0.1.
-        return bool((first - second).abs().max() <= 0.1 * first.abs().max())
-    except Exception:  # anything can come out of a forward that is given another input than it was made for
-        return False
+    """Whether a copy of a module, on the CPU, returns the same for 0.1 * x and that times a scale."""
+
+    def output(image: torch.Tensor) -> list[torch.Tensor]:
+        tensors = {  # of random numbers, as a weight of zeros would hide what the layer does
+            name: torch.rand(old.shape) + 0.5 if old.is_floating_point() else torch.zeros(old.shape, dtype=old.dtype)
+            for name, old in (*module.named_parameters(), *module.named_buffers())
+        }
+        return [functional_call(copy.deepcopy(module).train(training), tensors, (image,))]
+
+    return same_outputs(output, (0.1 * x, 0.1 * x * scale), 0.1)  # the eps of a norm, up to 1e-3, shows at 0.1
 
 
 # What stands between a convolution and its norm without a say in the matter: it hands every channel on by itself, and
