@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx
 import torch.nn as nn
-from timm.layers import BatchNormAct2d, GroupNorm1, GroupNormAct, LayerNorm, LayerNorm2d, LayerNormAct2d
+from timm.layers import BatchNormAct2d, LayerNorm, LayerNorm2d, LayerNormAct2d, SyncBatchNormAct
 from torch.func import functional_call
 
 from .invariance import same_outputs
@@ -31,7 +31,7 @@ class ConvNormPair(NamedTuple):
     exclusive: bool
 
 
-def conv_norm_pairs(root: nn.Module) -> list[ConvNormPair]:
+def conv_norm_pairs(root: nn.Module, each_channel: bool = False) -> list[ConvNormPair]:
     """Finds the convolutions of a network that a norm layer follows every time they run.
 
     A module whose forward cannot be traced (control flow that depends on the data) is one opaque node of the graph
@@ -40,11 +40,12 @@ def conv_norm_pairs(root: nn.Module) -> list[ConvNormPair]:
 
     Args:
         root: Network to trace; it is not run.
+        each_channel: Whether only norms count that take each channel by itself.
 
     Returns:
         One pair for each such convolution, in order of execution.
     """
-    return _pairs(root, norm_layers(root))
+    return _pairs(root, {norm: alone for norm, alone in norm_layers(root).items() if alone or not each_channel})
 
 
 def _pairs(root: nn.Module, norms: dict[nn.Module, bool]) -> list[ConvNormPair]:
@@ -58,8 +59,8 @@ def _pairs(root: nn.Module, norms: dict[nn.Module, bool]) -> list[ConvNormPair]:
 
 # Layers of these classes need no trial while they train. True: each channel by itself.
 _KNOWN_NORMS = {
-    nn.BatchNorm2d: True, nn.SyncBatchNorm: True, BatchNormAct2d: True, nn.InstanceNorm2d: True,
-    nn.GroupNorm: False, GroupNorm1: False, GroupNormAct: False,
+    nn.BatchNorm2d: True, BatchNormAct2d: True, nn.InstanceNorm2d: True,
+    nn.SyncBatchNorm: True, SyncBatchNormAct: True,  # which run on a GPU alone where there are several processes
     nn.LayerNorm: False, LayerNorm: False, LayerNorm2d: False, LayerNormAct2d: False,
 }
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.func import functional_call
 
 __all__ = ['same_outputs', 'tried', 'uses_in_graph']
@@ -40,21 +41,24 @@ def same_outputs(
         return False
 
 
-def tried(module: nn.Module, name: str, known: str | None = None) -> str | None:
+def tried(module: nn.Module, name: str, known: str | None = None, before_norm: bool = False) -> str | None:
     """Runs a layer with filters of other lengths, on random numbers.
 
     Args:
         module: A layer with in_channels and kernel_size, or in_features; another cannot be tried. It is not changed.
         name: Name of one of its parameters, (out_channels, ...).
         known: What the normalization is if the layer normalizes the parameter at all; None to find that out too.
+        before_norm: Whether only what a norm of each channel makes of the output has to be the same.
 
     Returns:
         'ws' or 'wn', or what is known; None where the output changes, or where the layer cannot be tried.
     """
     if hasattr(module, 'kernel_size') and hasattr(module, 'in_channels'):
-        shape = [module.in_channels, *(2 * d * k for k, d in zip(module.kernel_size, module.dilation))]  # type: ignore
+        conv: Any = module
+        sizes = zip(conv.kernel_size, conv.dilation, conv.stride)
+        shape = [conv.in_channels, *(2 * kernel * dilation + stride for kernel, dilation, stride in sizes)]
     elif hasattr(module, 'in_features'):
-        shape = [module.in_features]
+        shape = [module.in_features]  # type: ignore[list-item]
     else:
         return None
     param = module.get_parameter(name)
@@ -63,7 +67,8 @@ def tried(module: nn.Module, name: str, known: str | None = None) -> str | None:
     buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
 
     def output(value: torch.Tensor) -> list[torch.Tensor]:
-        return [functional_call(module, {**buffers, name: value}, (x,))]
+        y = functional_call(module, {**buffers, name: value}, (x,))
+        return [F.batch_norm(y, None, None, training=True) if before_norm else y]
 
     return _normalization(param, output, known)
 
