@@ -169,6 +169,18 @@ def check_lengths(wrap, filters, local):
     assert_rates_equal(*(AwsSGD(groups_of(m), lr=0.05) for m in (model, alone)))
 
 
+def check_like_decay():
+    """DDP hands round the weights of the first process after the optimizer is made: its alpha is that of all."""
+    model = network()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(1 + dist.get_rank())
+    expected = timm_aws.alpha_like_decay(network(), 0.1)
+    for of_rank in (model, whole_filters(network())):
+        alpha = max(group['alpha'] for group in timm_aws.param_groups_aws(of_rank, like_decay=0.1))
+        assert abs(alpha / expected - 1) < 1e-12, (alpha, expected)
+
+
 def check_record(wrap):
     """All ranks are given the same file."""
     files = [Path(f'{wrap.__name__}.{name}.csv') for name in ('alone', 'together')]
@@ -250,6 +262,7 @@ CHECKS = {
         check_lengths, split_filters, EVEN, [[(6, 2), (3, 3)], [(6, 2), (3, 3)]]),
     'lengths_of_fewer_filters_than_ranks': partial(
         check_lengths, whole_filters, SINGLE, [[(3, 4), (1, 5)], [(2, 4), (0, 5)]]),
+    'like_decay_of_all_ranks': check_like_decay,
     'record_under_ddp': partial(check_record, DistributedDataParallel),
     'record_under_fsdp2': partial(check_record, whole_filters),
     'checkpoint_of_one_process_on_two': lambda: resume(Path('saved_by_one'), whole_filters, *own_share()),

@@ -138,6 +138,13 @@ def test_results_tell_how_the_weights_came_about(train_run, tmp_path, measured):
     assert results['weights']['parameters'] == parameters
 
 
+def test_alpha_that_like_decay_has_chosen_stands_in_results_and_card(train_run, tmp_path):
+    options = {'like_decay': 1e-4, 'record': 'record.csv', 'record_every': 5}
+    assert export(train_run(opt_kwargs=options), tmp_path / NAME, **SETTINGS)['alpha'] == 2.5e-3  # as in the state
+    assert '(like\\_decay 0.0001, alpha 0.0025)' in (tmp_path / NAME / 'README.md').read_text()
+    assert yaml.safe_load((tmp_path / NAME / 'args.yaml').read_text())['opt_kwargs'] == {'like_decay': 1e-4}
+
+
 def test_card_has_the_measured_accuracy_in_words_and_in_the_model_index(train_run, tmp_path, measured):
     export(train_run(), tmp_path / NAME, **SETTINGS, **measured(model=50.03, half=50.0))
     card = ModelCard.load(tmp_path / NAME / 'README.md')

@@ -192,3 +192,14 @@ def test_fuse_gives_a_plain_convolution_with_the_same_output(cls, args):
     assert _relative_error(plain(x), conv(x).detach().double()) < 1e-5
     plain.weight.detach().zero_()
     assert conv.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize('format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('cls', LAYERS)
+def test_a_trace_has_operators_that_core_ml_and_openvino_know(cls, format):
+    """Core ML has no rule for aten::view_as, for example."""
+    conv = _conv(cls, torch.float32).eval().to(memory_format=format)
+    graph = torch.jit.trace(conv, _input(torch.float32)).inlined_graph
+    operators = {node.kind().removeprefix('aten::') for node in graph.nodes() if node.kind().startswith('aten::')}
+    assert operators <= {
+        'Int', '_convolution', 'flatten', 'layer_norm', 'mul', 'permute', 'pow', 'rms_norm', 'size', 'view'}

@@ -2,6 +2,7 @@
 import argparse
 import copy
 import importlib
+import logging
 import subprocess
 import sys
 
@@ -176,10 +177,105 @@ def test_unknown_options_raise():
             create_optimizer_v2(_model(), name, lr=0.1, alhpa=1.)
 
 
-def test_model_without_normalized_weights_raises_and_names_convert():
-    for name in ('aws_sgd', 'aws_adam', 'aws_lion'):
-        with pytest.raises(ValueError, match=r"ResNet has no normalized weights.*timm_aws\.convert\(model, 'ws'\)"):
-            create_optimizer_v2(timm.create_model('resnet18'), name, lr=0.1)
+@pytest.mark.parametrize('name', ['aws_sgd', 'aws_adam', 'aws_lion'])
+def test_model_without_normalized_weights_raises_and_names_the_ways_out(name):
+    model = timm.create_model('test_resnet')
+    for options in ({}, {'like_decay': 1e-4}):
+        with pytest.raises(
+                ValueError, match=r"ResNet has no normalized.*timm_aws\.convert\(model, 'ws'\).* batch_norm=True "):
+            create_optimizer_v2(model, name, lr=0.1, **options)
+    with pytest.raises(ValueError, match=r'has no normalized weights') as raised:
+        create_optimizer_v2(nn.Linear(2, 2), name, lr=0.1, batch_norm=True)
+    assert 'batch_norm' not in str(raised.value)
+
+
+@pytest.mark.parametrize('name', ['aws_sgd', 'aws_adam', 'aws_lion', 'aws_rmsprop', 'lookahead_aws_sgd'])
+def test_batch_norm_shrinks_the_convolutions_of_a_plain_network(name):
+    """With gradients of zero, a step is the shrink and the decay alone."""
+    model = timm.create_model('test_resnet', num_classes=7)
+    options = {'decoupled': True} if name in ('aws_sgd', 'lookahead_aws_sgd') else {}
+    optimizer = create_optimizer_v2(
+        model, name, lr=0.1, weight_decay=0., alpha=0.25, batch_norm=True, **options)
+    found = timm_aws.normalized_weights(model, batch_norm=True)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for name, param in model.named_parameters():
+        length = before[name].flatten(1).norm(dim=1).view(-1, 1, 1, 1) if name in found else 0.
+        torch.testing.assert_close(param.detach(), before[name] * (1 - 0.1 * 0.25 * length))
+
+
+def test_a_group_that_is_added_to_that_of_a_plain_network_is_split_by_the_same_options():
+    model = timm.create_model('test_resnet', num_classes=3)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name.startswith('fc'))
+    optimizer = create_optimizer_v2(model, 'aws_sgd', lr=0.1, weight_decay=0.1, batch_norm=True, like_decay=1e-3)
+    alpha = timm_aws.alpha_like_decay(model, 1e-3, batch_norm=True)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(2)  # as training may have done
+    optimizer.add_param_group({'params': [param for name, param in model.named_parameters() if name[:2] != 'fc']})
+    expected = timm_aws.normalized_weights(model, batch_norm=True)
+    for group in optimizer.param_groups:
+        for name in group['param_names']:
+            assert (group['normalization'], group['alpha']) == (('wn', alpha) if name in expected else (None, 0.))
+
+
+@pytest.mark.parametrize('name', ['aws_sgd', 'aws_adam'])
+def test_training_of_a_plain_network_resumes_with_the_alpha_that_was_chosen_at_its_start(name):
+    def started(seed):
+        torch.manual_seed(seed)
+        model = timm.create_model('test_resnet', num_classes=3)
+        return model, create_optimizer_v2(
+            model, name, lr=0.01, weight_decay=0.1, batch_norm=True, like_decay=0.1)
+
+    def train(model, optimizer):
+        for seed in range(2):
+            x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 0])).backward()
+            optimizer.step()
+
+    straight = started(0)
+    alphas = [group['alpha'] for group in straight[1].param_groups]
+    train(*straight)
+    saved = copy.deepcopy((straight[0].state_dict(), straight[1].state_dict()))
+    train(*straight)
+    resumed = started(1)
+    assert [group['alpha'] for group in resumed[1].param_groups] != alphas
+    for part, state in zip(resumed, saved):
+        part.load_state_dict(state)
+    assert [group['alpha'] for group in resumed[1].param_groups] == alphas
+    train(*resumed)
+    for param, expected in zip(resumed[0].parameters(), straight[0].parameters()):
+        assert torch.equal(param, expected)
+
+
+@pytest.mark.parametrize('name', ['aws_sgd', 'lookahead_aws_adam', 'aws_rmsprop'])
+def test_like_decay_is_an_option_of_every_optimizer(name, caplog):
+    model = _model()
+    with caplog.at_level(logging.INFO, logger='timm_aws'):
+        optimizer = create_optimizer_v2(model, name, lr=0.1, like_decay=1e-3)
+    optimizer = getattr(optimizer, '_base_optimizer', optimizer)
+    alpha, = {group[type(optimizer).alpha_key] for group in optimizer.param_groups if group['normalization']}
+    assert alpha == optimizer.defaults[type(optimizer).alpha_key] == timm_aws.alpha_like_decay(model, 1e-3)
+    assert f'alpha={alpha:.4g} ' in caplog.text
+    with pytest.raises(ValueError, match=r'alpha=0.5 and like_decay=0.001 both set alpha'):
+        create_optimizer_v2(model, name, lr=0.1, like_decay=1e-3, alpha=0.5)
+
+
+def test_the_default_alpha_is_logged_where_it_is_far_from_an_ordinary_decay(caplog):
+    create_optimizer_v2(_model(), 'aws_sgd', lr=0.1)
+    assert not caplog.messages
+    create_optimizer_v2(timm.create_model('test_resnet'), 'aws_sgd', lr=0.1, batch_norm=True)
+    assert [(record.name, record.levelname) for record in caplog.records] == [('timm_aws.param_groups', 'WARNING')]
+
+
+@pytest.mark.parametrize('options', [{'like_decay': 1e-4}, {'batch_norm': True}])
+def test_options_that_look_at_layers_need_the_model(options):
+    with pytest.raises(ValueError, match='give the model in place of its parameters'):
+        create_optimizer_v2(_model().parameters(), 'aws_sgd', lr=0.1, **options)
 
 
 def test_layer_decay_keeps_its_scales_and_splits_each_layer():

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx
 import torch.nn as nn
-from timm.layers import BatchNormAct2d, GroupNorm1, GroupNormAct, LayerNorm, LayerNorm2d, LayerNormAct2d
+from timm.layers import BatchNormAct2d, LayerNorm, LayerNorm2d, LayerNormAct2d, SyncBatchNormAct
+from torch.func import functional_call
+
+from .invariance import same_outputs
 
 __all__ = ['ConvNormPair', 'conv_norm_pairs', 'norm_layers']
 
@@ -28,7 +31,7 @@ class ConvNormPair(NamedTuple):
     exclusive: bool
 
 
-def conv_norm_pairs(root: nn.Module) -> list[ConvNormPair]:
+def conv_norm_pairs(root: nn.Module, each_channel: bool = False) -> list[ConvNormPair]:
     """Finds the convolutions of a network that a norm layer follows every time they run.
 
     A module whose forward cannot be traced (control flow that depends on the data) is one opaque node of the graph
@@ -37,11 +40,12 @@ def conv_norm_pairs(root: nn.Module) -> list[ConvNormPair]:
 
     Args:
         root: Network to trace; it is not run.
+        each_channel: Whether only norms count that take each channel by itself.
 
     Returns:
         One pair for each such convolution, in order of execution.
     """
-    return _pairs(root, norm_layers(root))
+    return _pairs(root, {norm: alone for norm, alone in norm_layers(root).items() if alone or not each_channel})
 
 
 def _pairs(root: nn.Module, norms: dict[nn.Module, bool]) -> list[ConvNormPair]:
@@ -55,8 +59,8 @@ def _pairs(root: nn.Module, norms: dict[nn.Module, bool]) -> list[ConvNormPair]:
 
 # Layers of these classes need no trial while they train. True: each channel by itself.
 _KNOWN_NORMS = {
-    nn.BatchNorm2d: True, nn.SyncBatchNorm: True, BatchNormAct2d: True, nn.InstanceNorm2d: True,
-    nn.GroupNorm: False, GroupNorm1: False, GroupNormAct: False,
+    nn.BatchNorm2d: True, BatchNormAct2d: True, nn.InstanceNorm2d: True,
+    nn.SyncBatchNorm: True, SyncBatchNormAct: True,  # which run on a GPU alone where there are several processes
     nn.LayerNorm: False, LayerNorm: False, LayerNorm2d: False, LayerNormAct2d: False,
 }
 
@@ -101,26 +105,17 @@ def _channels(module: nn.Module) -> int:
     return next((size for size in sizes if isinstance(size, int)), 4)
 
 
-@torch.no_grad()
 def _ignores(module: nn.Module, training: bool, x: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Whether a module returns the same for 0.1 * x and that times a scale."""
-    try:
-        module = copy.deepcopy(module)
-        on_meta = any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
-        module = (module.to_empty(device='cpu') if on_meta else module.cpu()).float().train(training)
-        with torch.random.fork_rng(devices=[]):
-            for tensor in (*module.parameters(), *module.buffers()):
-                if tensor.is_floating_point():
-                    tensor.uniform_(0.5, 1.5)  # a weight of zeros would hide what the layer does
-            outputs = []
-            for image in (0.1 * x, 0.1 * x * scale):
-                torch.manual_seed(0)  # of a dropout in it
-                outputs.append(module(image))
-        first, second = outputs
-        # The eps of a norm, up to 1e-3, shows at 0.1.
-        return bool((first - second).abs().max() <= 0.1 * first.abs().max())
-    except Exception:  # anything can come out of a forward that is given another input than it was made for
-        return False
+    """Whether a copy of a module, on the CPU, returns the same for 0.1 * x and that times a scale."""
+
+    def output(image: torch.Tensor) -> list[torch.Tensor]:
+        tensors = {  # of random numbers, as a weight of zeros would hide what the layer does
+            name: torch.rand(old.shape) + 0.5 if old.is_floating_point() else torch.zeros(old.shape, dtype=old.dtype)
+            for name, old in (*module.named_parameters(), *module.named_buffers())
+        }
+        return [functional_call(copy.deepcopy(module).train(training), tensors, (image,))]
+
+    return same_outputs(output, (0.1 * x, 0.1 * x * scale), 0.1)  # the eps of a norm, up to 1e-3, shows at 0.1
 
 
 # What stands between a convolution and its norm without a say in the matter: it hands every channel on by itself, and

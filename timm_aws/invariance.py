@@ -1,30 +1,64 @@
-"""Trials of what cannot be known by its class: does the length of a parameter's filters change what is made of it?"""
+"""Trials of what cannot be known by its class: is the length of a parameter's filters, or of an input, irrelevant?"""
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.func import functional_call
 
-__all__ = ['tried', 'uses_in_graph']
+__all__ = ['same_outputs', 'tried', 'uses_in_graph']
 
 
-def tried(module: nn.Module, name: str, known: str | None = None) -> str | None:
+@torch.no_grad()
+def same_outputs(
+        output: Callable[[torch.Tensor], list[torch.Tensor]],
+        values: Iterable[torch.Tensor],
+        tolerance: float,
+) -> bool:
+    """Whether a function returns the same for each of some values.
+
+    Args:
+        output: Called with one value after the other, each time with the CPU's random numbers from the same seed.
+        values: What to call it with.
+        tolerance: Largest difference to count as the same, relative to the largest element for the first value.
+
+    Returns:
+        False also where the function raises: anything can come out of a layer that is given another input than it was
+        made for.
+    """
+    outputs = []
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for value in values:
+                torch.default_generator.manual_seed(0)  # of a dropout; torch.manual_seed would change the GPUs' too
+                outputs.append(output(value))
+        return all(
+            (one - other).abs().max() <= tolerance * one.abs().max()
+            for others in outputs[1:] for one, other in zip(outputs[0], others))
+    except Exception:
+        return False
+
+
+def tried(module: nn.Module, name: str, known: str | None = None, before_norm: bool = False) -> str | None:
     """Runs a layer with filters of other lengths, on random numbers.
 
     Args:
         module: A layer with in_channels and kernel_size, or in_features; another cannot be tried. It is not changed.
         name: Name of one of its parameters, (out_channels, ...).
         known: What the normalization is if the layer normalizes the parameter at all; None to find that out too.
+        before_norm: Whether only what a norm of each channel makes of the output has to be the same.
 
     Returns:
         'ws' or 'wn', or what is known; None where the output changes, or where the layer cannot be tried.
     """
     if hasattr(module, 'kernel_size') and hasattr(module, 'in_channels'):
-        shape = [module.in_channels, *(2 * d * k for k, d in zip(module.kernel_size, module.dilation))]  # type: ignore
+        conv: Any = module
+        sizes = zip(conv.kernel_size, conv.dilation, conv.stride)
+        shape = [conv.in_channels, *(2 * kernel * dilation + stride for kernel, dilation, stride in sizes)]
     elif hasattr(module, 'in_features'):
-        shape = [module.in_features]
+        shape = [module.in_features]  # type: ignore[list-item]
     else:
         return None
     param = module.get_parameter(name)
@@ -33,12 +67,10 @@ def tried(module: nn.Module, name: str, known: str | None = None) -> str | None:
     buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
 
     def output(value: torch.Tensor) -> list[torch.Tensor]:
-        return [functional_call(module, {**buffers, name: value}, (x,))]
+        y = functional_call(module, {**buffers, name: value}, (x,))
+        return [F.batch_norm(y, None, None, training=True) if before_norm else y]
 
-    try:
-        return _normalization(param, output, known)
-    except Exception:  # anything can come out of a layer that is given another input than it was made for
-        return None
+    return _normalization(param, output, known)
 
 
 def uses_in_graph(module: torch.fx.GraphModule) -> Iterable[tuple[nn.Parameter, str | None]]:
@@ -97,24 +129,14 @@ def _attribute(module: nn.Module, target: str) -> Any:
     return module
 
 
-@torch.no_grad()
 def _normalization(
         param: torch.Tensor,
         output: Callable[[torch.Tensor], list[torch.Tensor]],
         known: str | None,
 ) -> str | None:
     """Compares outputs for filters of other lengths and, if the normalization is not known, of other means."""
-    generator = torch.Generator().manual_seed(1)
-    filters = torch.randn(param.shape, generator=generator).to(param)
-    each_filter = (-1, *[1] * (param.ndim - 1))
-    scales = torch.logspace(-0.5, 0.5, param.shape[0]).view(each_filter).to(param)
-    with torch.random.fork_rng(devices=[]):
-        expected = output(filters)
-        if not _equal(expected, output(filters * (10 * scales))):
-            return None
-        centered = known is None and _equal(expected, output(filters + scales))
-    return known or ('ws' if centered else 'wn')
-
-
-def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return all((one - other).abs().max() <= 1e-2 * one.abs().max() for one, other in zip(first, second))
+    filters = torch.randn(param.shape, generator=torch.Generator().manual_seed(1)).to(param)
+    scales = torch.logspace(-0.5, 0.5, param.shape[0]).view(-1, *[1] * (param.ndim - 1)).to(param)
+    if not same_outputs(output, (filters, filters * (10 * scales)), 1e-2):
+        return None
+    return known or ('ws' if same_outputs(output, (filters, filters + scales), 1e-2) else 'wn')

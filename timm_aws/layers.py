@@ -51,7 +51,7 @@ def normalize_filters(weight: torch.Tensor, centered: bool, per_element: bool, e
         normalized = normalized * rows.shape[1] ** -0.5
     if channels_last:
         return normalized.view(weight.shape[0], weight.shape[2], weight.shape[3], weight.shape[1]).permute(0, 3, 1, 2)
-    return normalized.view_as(weight)
+    return normalized.view(weight.shape)
 
 
 class NormalizedConv2d(nn.Conv2d):
@@ -59,7 +59,8 @@ class NormalizedConv2d(nn.Conv2d):
 
     Arguments, parameters and state-dict keys are those of nn.Conv2d. Input (batch, in_channels, height, width),
     output (batch, out_channels, height, width). In evaluation on the CPU the layer keeps its normalized weight, and a
-    copy of the weight to compare with, until the weight changes.
+    copy of the weight to compare with, until the weight changes. A tool that knows layers by their exact class, as thop
+    does to count operations, passes over this one: give it a folded model.
 
     Raises:
         ValueError: If a filter has a single element, whose standard deviation is 0.

@@ -21,9 +21,8 @@ from timm.optim._optim_factory import OptimInfo, OptimizerRegistry, default_regi
 from .convert import fold_normalization
 from .layers import NormalizedConv2d
 from .optimizers import AwsAdam, AwsSGD
-from .param_groups import split_normalized
+from .param_groups import choose_alpha, split_normalized
 from .record import Recorder
-from .rule import DEFAULT_ALPHA
 from .wrap_optimizer import aws_optimizer
 
 __all__ = ['register']
@@ -106,10 +105,18 @@ def _create_optimizer(
     opt_class: Any = info.opt_class
 
     def split_and_create(
-            params: Any, record: str | None = None, record_every: int | None = None, **options: Any) -> Any:
+            params: Any,
+            record: str | None = None,
+            record_every: int | None = None,
+            like_decay: float | None = None,
+            batch_norm: bool = False,
+            **options: Any,
+    ) -> Any:
         if record_every is not None and not record:
             raise ValueError(f'record_every={record_every!r} without a file: name one with record=FILE.csv.')
         if not isinstance(model_or_params, nn.Module):
+            if like_decay is not None or batch_norm:
+                raise ValueError('like_decay and batch_norm look at layers: give the model in place of its parameters.')
             optimizer = opt_class(params, **options)
         else:
             if 'normalization' in options:
@@ -117,9 +124,10 @@ def _create_optimizer(
                     f'normalization={options["normalization"]!r} is no option where a model is given, as its layers '
                     f'decide: leave it out, or change the layers with timm_aws.convert.'
                 )
+            alpha = options['alpha'] = choose_alpha(model_or_params, options.get('alpha'), like_decay, batch_norm)
             split = functools.partial(
-                split_normalized, model=model_or_params, alpha=options.get('alpha', DEFAULT_ALPHA),
-                alpha_key=opt_class.alpha_key)
+                split_normalized, model=model_or_params, alpha=alpha, alpha_key=opt_class.alpha_key,
+                batch_norm=batch_norm)
             optimizer = opt_class(split(params), **options)
             # A group that is added later is split alike. A copy of the optimizer, which has no model, refuses it.
             optimizer._split = split

@@ -281,6 +281,7 @@ def _results(
         },
         'train_py': {'epoch': checkpoint.epochs, args['eval_metric']: checkpoint.content.get('metric')},
         'training': [_stage(args, stage, data_dir) for stage in stages_of(checkpoint)],
+        'alpha': checkpoint.alpha,
         'seed': args['seed'],
         'versions': {name: importlib.metadata.version(name) for name in ('timm_aws', 'timm', 'torch')},
         'hardware': hardware(args['device']),

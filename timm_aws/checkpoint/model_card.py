@@ -149,7 +149,8 @@ The filters are stored in half precision. In full precision top-1 is {full["top1
 def _training(args: dict[str, Any], results: dict[str, Any], folder: Path) -> str:
     stages = results['training']
     total = {key: sum(stage.get(key, 0) for stage in stages) for key in ('hours', 'images')}
-    options = ', '.join(_escaped(f'{key} {value}') for key, value in (args['opt_kwargs'] or {}).items())
+    chosen = {'alpha': f'{results["alpha"]:.4g}'} if results.get('alpha') else {}  # by like_decay, or the default
+    options = ', '.join(_escaped(f'{key} {value}') for key, value in {**(args['opt_kwargs'] or {}), **chosen}.items())
     hours = f'{total["hours"]:.1f} hours on ' if all('hours' in stage for stage in stages) else ''
     seen = f', {total["images"] / 1e6:.1f} million images seen' if total['images'] else ''
     picture = '' if not (folder / PICTURE).is_file() else '''

@@ -48,6 +48,12 @@ class Checkpoint:
         """Whether the file holds averaged weights too."""
         return 'state_dict_ema' in self.content
 
+    @property
+    def alpha(self) -> float | None:
+        """Shrink coefficient of the first group of normalized weights, None without one."""
+        return next((group.get('aws_alpha', group.get('alpha')) for group in self.content['optimizer']['param_groups']
+                     if group.get('normalization')), None)
+
     def weights(self, ema: bool) -> dict[str, torch.Tensor]:
         """Returns the state dict of the averaged weights (True) or of the last ones (False)."""
         return self.content['state_dict_ema' if ema else 'state_dict']
@@ -89,7 +95,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"{path} is not a checkpoint of timm's train.py: {problem}.")
     args = dict(vars(content['args']))
     # A record is a file of one machine.
-    args['opt_kwargs'] = {key: value for key, value in (args.get('opt_kwargs') or {}).items() if key != 'record'}
+    args['opt_kwargs'] = {
+        key: value for key, value in (args.get('opt_kwargs') or {}).items() if key not in ('record', 'record_every')}
     return Checkpoint(path.resolve(), args, content)
 
 
