@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -202,7 +203,11 @@ def test_commit_of_which_nothing_is_known_is_not_called_unpublished(hub, checkpo
 ])
 def test_a_passing_fault_is_overcome(hub, checkpoint_folder, request_, action, headers):
     hub.fail(request_, action, **headers)
-    publish(checkpoint_folder, REPO)
+    try:
+        publish(checkpoint_folder, REPO)
+    except RuntimeError as error:
+        assert huggingface_hub.__version__.startswith('0.') and 'run the command again' in str(error)
+        publish(checkpoint_folder, REPO)  # the client tries most requests again from 1.0 on
     assert hub.faults[0].times == 0
     assert hub.published(REPO) == contents(checkpoint_folder)
 
