@@ -63,7 +63,7 @@ def _add_export(commands) -> None:
     export.add_argument('source', metavar='RUN', type=Path, help="folder of timm's train.py, or a checkpoint file")
     export.add_argument('out', metavar='OUT', type=Path, help='folder to make, named <architecture>.<tag>')
     export.add_argument('--dataset', required=True, help='name of the data set trained on, such as Tiny-ImageNet-200')
-    export.add_argument('--license', required=True, help='licence of the weights, such as apache-2.0')
+    export.add_argument('--license', required=True, help='licence of the weights, such as apache-2.0, or other')
     export.add_argument('--ema', action=argparse.BooleanOptionalAction, default=None,
                         help='take the averaged weights, or not; if left out, what validates better')
     export.add_argument('--labels', type=Path, help='a header, then a line a class: name, tab, description')
@@ -71,6 +71,7 @@ def _add_export(commands) -> None:
                         'left out')
     export.add_argument('--data-dir', type=Path, help='folder of the images')
     export.add_argument('--validate', type=Path, metavar='VALIDATE.PY', help="timm's validate.py, to measure with")
+    export.add_argument('--full-precision', action='store_true', help='store filters in full precision, not in half')
     _add_traceback(export)
     export.set_defaults(command=_export)
 
@@ -159,7 +160,8 @@ def _export(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # leaves no hidden folder behind
     results = export(
         options.source, options.out, dataset=options.dataset, license=options.license, ema=options.ema,
-        labels=options.labels, img_size=options.img_size, data_dir=options.data_dir, validate_py=options.validate)
+        labels=options.labels, img_size=options.img_size, data_dir=options.data_dir, validate_py=options.validate,
+        full_precision=options.full_precision)
     found = f'{results["metrics"]["top1"]} % top-1' if 'metrics' in results else 'not validated'
     print(f'{options.out}: {found}, {results["weights"]["bytes"] / 2**20:.1f} MiB')
 

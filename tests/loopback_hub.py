@@ -43,7 +43,11 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What to do instead of, or with, an answer: a status, 'drop', 'truncate' or 'corrupt', or call something."""
+    """What to do instead of, or with, an answer: a status, or call something, or one of these words.
+
+    'drop' does and answers nothing, 'lose' does it and answers nothing, 'truncate' and 'corrupt' spoil the answer,
+    'html' answers as the login page of a network does.
+    """
     path: str
     action: int | str | Callable[[], None]
     times: int = 1
@@ -307,10 +311,15 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if fault and isinstance(fault.action, int):
                 raise Answer(fault.action, {'error': f'fault {fault.action}'}, fault.headers)
+            if fault and fault.action == 'html':
+                raise Answer(200, b'<html>Log in</html>', {'Content-Type': 'text/html'})
             with self.hub.lock:
                 answer = self.route(body)
         except Answer as refusal:
             answer = refusal
+        if fault and fault.action == 'lose':
+            self.close_connection = True
+            return
         self.send(answer, fault)
 
     def read_body(self) -> bytes | None:

@@ -6,7 +6,9 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -122,12 +124,12 @@ def test_nothing_tells_of_the_machine_it_was_made_on(train_run, tmp_path):
 
 def test_results_tell_how_the_weights_came_about(train_run, tmp_path, measured):
     run = train_run()
-    returned = export(run, tmp_path / NAME, **SETTINGS, **measured(model=50.03, half=50.0))
+    returned = export(run, tmp_path / NAME, **SETTINGS, **measured(model=50.5, half=50.0))
     results = json.loads((tmp_path / NAME / 'results.json').read_text())
     assert results == json.loads(json.dumps(returned))
     assert results['metrics'] == {'top1': 50.0, 'top5': 90.0, 'img_size': 48, 'crop_pct': 1.0,
                                   'interpolation': 'bicubic', 'images': 8, 'by': "timm's validate.py"}
-    assert results['metrics_in_full_precision']['top1'] == 50.03
+    assert results['metrics_in_full_precision']['top1'] == 50.5  # that it has more points alone is no harm
     assert results['train_py'] == {'epoch': 2, 'top1': 10.0}
     (stage,) = results['training']
     assert stage == {'command': 'python train.py --config args.yaml --data-dir images', 'epochs': 2,
@@ -240,13 +242,37 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(train_run, tmp_path, meas
     refused(NAME, 'holds no averaged weights', ema=True)
     refused(NAME, 'choose with ema=True', source=train_run(with_ema=True))
     refused(NAME, 'needs data_dir', validate_py=tmp_path / 'validate.py')
-    refused(NAME, "license must be an SPDX identifier .*'my own'", license='my own')
+    for license in ('my own', 'banana', 'Apache-2.0', ''):
+        refused(NAME, f"license must be an SPDX identifier .*{license!r}", license=license)
     (tmp_path / 'labels.tsv').write_text('')
     refused(NAME, 'names 0 classes, the network has 4', labels=tmp_path / 'labels.tsv')
     (tmp_path / 'labels.tsv').write_text('name\twords\nn0\tone\n')
     refused(NAME, 'names 1 classes, the network has 4', labels=tmp_path / 'labels.tsv')
-    refused(NAME, r'costs 0\.06 points', **measured(model=50.06, half=50.0))
-    refused(NAME, 'fc.weight of .* is not finite in half precision', source=train_run(epochs=1, scale=1e9))
+    large = train_run(epochs=1, scale=1e9)
+    refused(NAME, r'fc.weight of .* is not finite in half precision: give full_precision=True', source=large)
+    export(large, tmp_path / 'out' / NAME, dataset='noise', license='other', full_precision=True)
+    assert torch.equal(weights_of(tmp_path / 'out' / NAME)['fc.weight'], best(large)['state_dict']['fc.weight'])
+
+
+def test_half_precision_that_turns_right_images_wrong_is_refused_and_full_precision_taken(
+        train_run, tmp_path, measured):
+    """A classifier so small that half precision makes it 0: every image goes from class d to a."""
+    run = train_run()
+    checkpoint = best(run)
+    for key, value in (('fc.weight', 0.), ('fc.bias', 0.)):
+        checkpoint['state_dict'][key].fill_(value)
+    checkpoint['state_dict']['fc.weight'][3] = 1e-9
+    torch.save(checkpoint, run / 'model_best.pth.tar')
+    options = measured(model=50.0, half=50.0)
+    for index in range(2, 14):
+        shutil.copy(tmp_path / 'images/val/d/0.png', tmp_path / f'images/val/d/{index}.png')
+    with pytest.raises(ValueError, match=r'turns 14 right images wrong and 2 wrong ones right, of 20: .*--full-'):
+        export(run, tmp_path / NAME, **SETTINGS, **options)
+    main(['export', str(run), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit', '--full-precision',
+          '--data-dir', str(options['data_dir']), '--validate', str(options['validate_py'])])
+    assert torch.equal(weights_of(tmp_path / NAME)['fc.weight'], checkpoint['state_dict']['fc.weight'])
+    assert 'metrics_in_full_precision' not in json.loads((tmp_path / NAME / 'results.json').read_text())
+    assert 'half precision' not in (tmp_path / NAME / 'README.md').read_text()
 
 
 def test_what_is_there_already_stays(train_run, tmp_path):
@@ -326,8 +352,7 @@ def test_gray_run_of_a_network_named_with_its_tag(train_run, tmp_path):
     data = timm.data.resolve_model_data_config(model)
     assert data['input_size'] == (1, 64, 64)
     assert data['mean'] == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
-    batch = timm.data.create_transform(**data)(Image.new('L', (80, 90)))
-    assert batch.shape == (1, 64, 64)
+    assert run_code_of_card(tmp_path / NAME)['probabilities'].shape == (4,)
 
 
 def test_run_of_a_checkpoint_folder(train_run, checkpoint_folder, tmp_path):
@@ -340,7 +365,7 @@ def test_run_of_a_checkpoint_folder(train_run, checkpoint_folder, tmp_path):
 
 def test_commands_are_what_a_shell_and_train_py_take(train_run, tmp_path):
     first = train_run(data_dir='/somewhere/My Data', amp=False, aa='it\'s', only_here=3, mean=[0.5, 0.4, 0.3],
-                      opt_kwargs={'alpha': 0.0025, 'record': '/somewhere/record.csv'})
+                      opt_kwargs={'alpha': 0.0025, 'record': '/somewhere/record.csv', 'record_every': 10})
     second = train_run(initial_checkpoint=str(first / 'last.pth.tar'), amp=True, opt_kwargs={'alpha': 0.1})
     commands = [stage['command'] for stage in export(second, tmp_path / NAME, **SETTINGS)['training']]
     words = shlex.split(commands[0], comments=True)
@@ -356,6 +381,19 @@ def test_commands_are_what_a_shell_and_train_py_take(train_run, tmp_path):
     assert shlex.split(commands[1])[-2:] == ['--initial-checkpoint', f'{first.name}/last.pth.tar']
 
 
+def test_command_of_the_card_is_one_line_that_a_shell_reads_whatever_was_typed(train_run, tmp_path):
+    typed = ['\n```\n# Heading\n', '\r```', "it's\n$HOME", '`date`']
+    first = train_run(aa=typed)
+    export(train_run(initial_checkpoint=str(first / 'last.pth.tar')), tmp_path / NAME, **SETTINGS)
+    card = (tmp_path / NAME / 'README.md').read_text()
+    assert '\n# Heading' not in card
+    commands = card.split('```bash\n')[2].split('\n```')[0]
+    assert commands.count('\n') == 1
+    words = subprocess.run(['bash', '-c', 'python() { printf "%s\\0" "$@"; }\n' + commands],
+                           capture_output=True, check=True).stdout.decode().split('\0')
+    assert words[words.index('--aa') + 1:][:4] == typed
+
+
 def test_hours_are_left_out_where_args_are_younger_than_the_checkpoint(train_run, tmp_path):
     run = train_run()
     os.utime(run / 'args.yaml', (2 ** 32, 2 ** 32))
@@ -363,20 +401,31 @@ def test_hours_are_left_out_where_args_are_younger_than_the_checkpoint(train_run
     assert 'hours' not in (tmp_path / NAME / 'README.md').read_text()
 
 
-def test_code_of_the_card_runs_whatever_the_user_has_typed(train_run, tmp_path, monkeypatch):
-    """With fewer classes than five, and a data set whose name would be a heading, HTML and a picture."""
-    dataset = 'x\n# Heading\n<script>alert(1)</script> ![p](http://evil) `code`'
-    export(train_run(), tmp_path / NAME, license='mit', dataset=dataset)
+def run_code_of_card(folder):
+    """Runs the card's Python code on an image; returns the variables."""
+    image, names = folder.parent / 'image.jpg', {}
+    Image.new('RGB', (60, 50)).save(image)
+    code = '\n'.join(re.findall('```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL))
+    assert {f'hf-hub:OWNER/{NAME}', 'image.jpg'} <= set(re.findall("'(.*?)'", code))
+    exec(code.replace(f'hf-hub:OWNER/{NAME}', f'local-dir:{folder}').replace('image.jpg', str(image)), names)
+    return names
+
+
+def test_code_of_the_card_runs_whatever_the_user_has_typed(train_run, tmp_path, capsys):
+    """With fewer classes than five, and names that would be a heading, HTML, a picture and code."""
+    hostile = 'x\n# Heading\n<script>alert(1)</script> ![p](http://evil) `code`'
+    labels = ["'+__import__('os').getcwd()+'", '{1/0}', '"""\\', '```']
+    (tmp_path / 'labels.tsv').write_text('name\twords\n' + ''.join(f'{name}\t<b>{name}\n' for name in labels))
+    export(train_run(opt=hostile, opt_kwargs={hostile: hostile}), tmp_path / NAME, license='mit', dataset=hostile,
+           labels=tmp_path / 'labels.tsv')
     card = ModelCard.load(tmp_path / NAME / 'README.md')
     assert '\n# Heading' not in card.text
     assert not re.search(r'(?<!\\)(<script|\[p\]|`code)', card.text)
-    code = '\n'.join(re.findall('```python\n(.*?)```', card.text, re.DOTALL))
-    monkeypatch.chdir(tmp_path)
-    Image.new('RGB', (60, 50)).save('image.jpg')
-    names = {}
-    exec(code.replace(f'hf-hub:OWNER/{NAME}', f'local-dir:{tmp_path / NAME}'), names)
+    names = run_code_of_card(tmp_path / NAME)
     assert names['probabilities'].shape == (4,)
     assert names['embedding'].shape == (1, 96)
+    printed = capsys.readouterr().out.splitlines()
+    assert {line.partition('% ')[2] for line in printed} == {f'{name} <b>{name}' for name in labels}
 
 
 @pytest.mark.parametrize('tag', ["x'+__import__('os').getcwd()+'", 'a b', 'x\ny', '-x', '<b>'])

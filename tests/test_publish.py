@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -85,6 +86,16 @@ def test_private_is_refused_for_a_public_repository_before_anything_is_sent(hub,
     assert not hub.repositories[REPO].private
 
 
+@pytest.mark.parametrize('public', [True, False])
+def test_private_is_checked_in_a_dry_run_too(hub, checkpoint_folder, capsys, public):
+    if public:
+        publish(checkpoint_folder, REPO)
+        assert f'{REPO} exists and is public' in refused(capsys, checkpoint_folder, REPO, '--private', '--dry-run')
+    else:
+        assert len(publish(checkpoint_folder, REPO, private=True, dry_run=True).upload) == 7
+        assert not hub.repositories
+
+
 def test_revision_is_a_branch_of_its_own(hub, checkpoint_folder):
     done = publish(checkpoint_folder, REPO, revision='v2')
     assert done.url.endswith('/tree/v2')
@@ -157,6 +168,31 @@ def test_failure_on_the_way_leaves_nothing_that_looks_whole(hub, checkpoint_fold
     assert sent <= 1
 
 
+@pytest.mark.parametrize('request_', ['', '/preupload/', '/objects/batch', '/commit/'])
+def test_page_of_html_in_place_of_the_hub_is_told_in_plain_words(hub, checkpoint_folder, capsys, request_):
+    hub.fail(request_, 'html', times=99)
+    assert f'{REPO} was not published: what answered is not the Hub' in refused(capsys, checkpoint_folder)
+    if not request_:
+        assert 'what answered is not the Hub' in refused(capsys, checkpoint_folder, REPO, '--dry-run')
+
+
+@pytest.mark.parametrize('revision', [None, 'v2'])
+def test_commit_that_is_taken_while_the_connection_breaks_is_published(hub, checkpoint_folder, revision):
+    hub.fail('/commit/', 'lose')
+    done = publish(checkpoint_folder, REPO, revision=revision)
+    assert hub.published(REPO, revision or 'main') == contents(checkpoint_folder)
+    assert done.commit == hub.repositories[REPO].branches[revision or 'main'][-1].oid
+    assert len(hub.repositories[REPO].branches[revision or 'main']) == 2
+
+
+def test_commit_of_which_nothing_is_known_is_not_called_unpublished(hub, checkpoint_folder, capsys):
+    """From the upload on the Hub carries out what it is sent, and no answer comes through."""
+    hub.fail('/objects/batch', lambda: hub.fail('(/commit/|GET /api/models/)', 'lose', times=99))
+    line = refused(capsys, checkpoint_folder)
+    assert f'{REPO} may have been published or not: the connection to the Hub broke, run the command again.' in line
+    assert hub.published(REPO) == contents(checkpoint_folder)
+
+
 @pytest.mark.parametrize('request_, action, headers', [
     ('PUT /lfs/', 'drop', {}),
     ('PUT /lfs/', 500, {}),
@@ -167,7 +203,11 @@ def test_failure_on_the_way_leaves_nothing_that_looks_whole(hub, checkpoint_fold
 ])
 def test_a_passing_fault_is_overcome(hub, checkpoint_folder, request_, action, headers):
     hub.fail(request_, action, **headers)
-    publish(checkpoint_folder, REPO)
+    try:
+        publish(checkpoint_folder, REPO)
+    except RuntimeError as error:
+        assert huggingface_hub.__version__.startswith('0.') and 'run the command again' in str(error)
+        publish(checkpoint_folder, REPO)  # the client tries most requests again from 1.0 on
     assert hub.faults[0].times == 0
     assert hub.published(REPO) == contents(checkpoint_folder)
 

@@ -148,7 +148,11 @@ def test_functions_have_no_name_with_aws_and_classes_by_their_name_are_made_when
     assert 'aws_function' not in list_optimizers()
     with pytest.raises(ValueError, match='aws_function not found in registry'):
         create_optimizer_v2(_model(), 'aws_function')
-    assert type(create_optimizer_v2(_model(), 'aws_lazy')).__name__ == 'AwsAdagrad'
+    for name in ('aws_lazy', 'AWS_Lazy'):
+        optimizer = create_optimizer_v2(_model(), name)
+        assert type(optimizer).__name__ == 'AwsAdagrad'
+        assert type(optimizer) is get_optimizer_info(name).opt_class is get_optimizer_class(name)
+    assert get_optimizer_info('lazy').opt_class == 'torch.optim.Adagrad'
 
 
 @pytest.mark.parametrize('normalization', ['xx', 'wn', 'ws', None])
@@ -396,8 +400,10 @@ def _frozen_but_for_the_classifier():
     return model, create_optimizer_v2(model, 'aws_sgd', lr=0.1, weight_decay=0.1)
 
 
-def test_a_group_that_is_added_later_is_split_into_normalized_weights_and_the_rest():
+@pytest.mark.parametrize('wrap', [lambda optimizer: optimizer, timm.optim.Lookahead])
+def test_a_group_that_is_added_later_is_split_into_normalized_weights_and_the_rest(wrap):
     model, optimizer = _frozen_but_for_the_classifier()
+    optimizer = wrap(optimizer)
     rest = [param for name, param in model.named_parameters() if not name.startswith('fc')]
     optimizer.add_param_group({'params': rest, 'lr': 0.01})
     expected = timm_aws.normalized_weights(model)
@@ -409,6 +415,8 @@ def test_a_group_that_is_added_later_is_split_into_normalized_weights_and_the_re
             assert group['lr'] == (0.1 if name.startswith('fc') else 0.01)
             seen.add(name)
     assert seen == {name for name, _ in model.named_parameters()}
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
 
 
 def test_a_group_that_is_added_with_names_is_no_classifier_that_is_shrunk():
@@ -429,17 +437,24 @@ def test_a_copy_refuses_what_nothing_says_is_normalized_and_takes_what_is_named(
     assert optimizer.param_groups[-1]['param_names'] == [f'{count}.0']
 
 
+def _added_to_lookahead(params):
+    optimizer = timm.optim.Lookahead(AwsSGD([nn.Parameter(torch.ones(2))]))
+    optimizer.add_param_group({'params': params})
+    return optimizer
+
+
 @pytest.mark.parametrize('make', [
     lambda params: AwsSGD(params),
     lambda params: AwsAdam(params, alpha=0.5),
     lambda params: create_optimizer_v2(params, 'aws_sgd', lr=0.1, alpha=0.5),
     lambda params: create_optimizer_v2(params, 'aws_lion', lr=0.1),
+    _added_to_lookahead,
 ])
 def test_bare_parameters_are_not_shrunk_without_a_word(make):
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     with pytest.warns(UserWarning, match=r'shrinks 2 tensors of shapes \(2, 5\), \(5, 3\), though nothing says'):
         optimizer = make(model.parameters())
-    assert type(optimizer.param_groups[0]['normalization']) is str
+    assert type(optimizer.param_groups[-1]['normalization']) is str
 
 
 def test_named_or_unshrunk_parameters_give_no_warning(recwarn):

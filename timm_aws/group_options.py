@@ -1,4 +1,4 @@
-"""Options of parameter groups that carry the shrink: defaults, checks, loading of states; and what a step checks first.
+"""Options of parameter groups that carry the shrink: defaults, checks, loading of states; and how a step begins.
 
 Every optimizer of this package has this in common.
 """
@@ -121,9 +121,8 @@ class ShrinkGroups(torch.optim.Optimizer):
     def _multiplier(self, group: dict[str, Any], param: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """Computes the decoupled shrink of a parameter, and warns once if it takes a whole filter away."""
         multiplier = shrink_multiplier(length, group['lr'], group[self.alpha_key])
-        if torch.compiler.is_compiling() or not is_on_cpu(param):  # to look would be to wait for the device
-            return multiplier
-        if not self._has_warned and not multiplier.all():
+        looks = not torch.compiler.is_compiling() and is_on_cpu(param)  # elsewhere it would have to wait for the device
+        if looks and not self._has_warned and not multiplier.all():
             self._has_warned = True
             warnings.warn(
                 f'{type(self).__name__} shrinks filters of shape {tuple(param.shape[1:])} to 0, as '
@@ -133,8 +132,25 @@ class ShrinkGroups(torch.optim.Optimizer):
             )
         return multiplier
 
-    def _check_gradients(self) -> None:
-        """Looks before anything is updated, so that a step is either taken whole or not at all."""
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step, Eq. 21, whole or not at all: it looks at all gradients before it updates anything.
+
+        Args:
+            closure: Evaluates the model and returns the loss, called with gradients enabled.
+
+        Returns:
+            What the closure returns, None without one.
+
+        Raises:
+            TypeError: If a gradient is sparse.
+            RuntimeError: If a gradient is not finite, looked for in torch's anomaly mode only.
+            ValueError: If the optimizer sets its learning rate itself (lr=None).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         # NaN and inf are looked for in anomaly mode only, as the host waits for the device.
         anomaly = not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
         for group in self.param_groups:
@@ -150,6 +166,12 @@ class ShrinkGroups(torch.optim.Optimizer):
                         f'The gradient of the parameter {names[index] if names else f"of shape {tuple(param.shape)}"} '
                         f'holds NaN or inf: {type(self).__name__} has updated nothing, zero the gradients to go on.'
                     )
+        self._shrink_and_update()
+        return loss
+
+    def _shrink_and_update(self) -> None:
+        """Takes the step of an optimizer that this is mixed into."""
+        raise NotImplementedError
 
 
 def _check_same_rule(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ What is not the shrink is torch's own code: alpha = 0 gives torch.optim.SGD, Ada
 """
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,25 +59,7 @@ def takes_kernel(param: torch.Tensor) -> bool:
 class _CoupledOrDecoupled(ShrinkGroups):
     """The step that AwsSGD and AwsAdam share; they supply the state of parameters and torch's own update."""
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes one step, Eq. 21.
-
-        Args:
-            closure: Evaluates the model and returns the loss, called with gradients enabled.
-
-        Returns:
-            What the closure returns, None without one.
-
-        Raises:
-            TypeError: If a gradient is sparse.
-            RuntimeError: If a gradient is not finite, looked for in torch's anomaly mode only.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._check_gradients()
+    def _shrink_and_update(self) -> None:
         for group in self.param_groups:
             for part, shrinks in self._parts(group):
                 if shrinks and group['fused'] and takes_kernel(part[0].param):
@@ -86,7 +68,6 @@ class _CoupledOrDecoupled(ShrinkGroups):
                     for state in part:
                         self._shrink(group, state, filter_length(state.param, group['normalization']))
                 self._update(group, part, 0. if shrinks else group['weight_decay'])
-        return loss
 
     def _parts(self, group: dict[str, Any]) -> Iterator[tuple[list[_ParamState], bool]]:
         """Yields the parameters that have a gradient, in the parts in which they are updated, and if they are shrunk.
@@ -163,11 +144,11 @@ class _CoupledOrDecoupled(ShrinkGroups):
 
     def _states(self, group: dict[str, Any]) -> list[_ParamState]:
         """Returns the states of the group's parameters that have a gradient."""
-        raise NotImplementedError('This is what AwsSGD and AwsAdam have in common: use one of them.')
+        raise NotImplementedError
 
     def _update(self, group: dict[str, Any], part: list[_ParamState], weight_decay: float) -> None:
         """Takes torch's own step, that of SGD or Adam."""
-        raise NotImplementedError('This is what AwsSGD and AwsAdam have in common: use one of them.')
+        raise NotImplementedError
 
 
 def _matched(param: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -259,18 +240,9 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
             # torch's multi-tensor update adds the momentum to them in place
             grads = [grad.clone() if grad is state.param.grad else grad for grad, state in zip(grads, part)]
         sgd(
-            [state.param for state in part],
-            grads,
-            buffers,
-            weight_decay=weight_decay,
-            momentum=group['momentum'],
-            lr=group['lr'],
-            dampening=group['dampening'],
-            nesterov=group['nesterov'],
-            maximize=group['maximize'],
-            foreach=group['foreach'],
-            fused=group['fused'],
-        )
+            [state.param for state in part], grads, buffers, weight_decay=weight_decay, momentum=group['momentum'],
+            lr=group['lr'], dampening=group['dampening'], nesterov=group['nesterov'], maximize=group['maximize'],
+            foreach=group['foreach'], fused=group['fused'])
         if group['momentum'] != 0:
             for state, buffer in zip(part, buffers):
                 if state.buffers['momentum_buffer'] is None:
@@ -327,18 +299,8 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
             TypeError: If a parameter is complex.
         """
         super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            fused=fused,
-            decoupled_weight_decay=decoupled,
-        )
+            params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize, capturable=capturable,
+            fused=fused, decoupled_weight_decay=decoupled)
         self._set_shrink(alpha=alpha, normalization=normalization, decoupled=decoupled)
         self._step_supports_amp_scaling = False  # the shrink joins gradients that are unscaled
 
@@ -363,22 +325,10 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
         def buffers(key: str) -> list[torch.Tensor]:
             return [state.buffers[key] for state in part if key in state.buffers]
 
+        beta1, beta2 = group['betas']
         adam(
-            [state.param for state in part],
-            [state.grad for state in part],
-            buffers('exp_avg'),
-            buffers('exp_avg_sq'),
-            buffers('max_exp_avg_sq'),
-            buffers('step'),
-            amsgrad=group['amsgrad'],
-            beta1=group['betas'][0],
-            beta2=group['betas'][1],
-            lr=group['lr'],
-            weight_decay=weight_decay,
-            eps=group['eps'],
-            maximize=group['maximize'],
-            foreach=group['foreach'],
-            capturable=group['capturable'],
-            fused=group['fused'],
-            decoupled_weight_decay=group['decoupled_weight_decay'],
-        )
+            [state.param for state in part], [state.grad for state in part], buffers('exp_avg'), buffers('exp_avg_sq'),
+            buffers('max_exp_avg_sq'), buffers('step'), amsgrad=group['amsgrad'], beta1=beta1, beta2=beta2,
+            lr=group['lr'], weight_decay=weight_decay, eps=group['eps'], maximize=group['maximize'],
+            foreach=group['foreach'], capturable=group['capturable'], fused=group['fused'],
+            decoupled_weight_decay=group['decoupled_weight_decay'])

@@ -57,12 +57,11 @@ class Recorder:
         self.path = Path(path)
         self.every = every
         next(normalized_parameters(self.optimizer))  # raises where there is nothing to record
-        self._writes = False  # decided at the first step, when the processes know each other
+        self._writes: bool | None = None  # decided at the first step, when the processes know each other
         # There from the start, as torch.distributed.checkpoint loads only the keys that it finds.
         self.optimizer.param_groups[0].setdefault(_STEP, 0)
         self._step = 0  # the present one, 0 where it is not counted
         self._before: list[tuple[str, torch.Tensor, dict[str, Any], torch.Tensor]] = []
-        self._opened = False
         self._events: Any = None
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._begin), self.optimizer.register_step_post_hook(self._end)]
@@ -81,8 +80,9 @@ class Recorder:
         if all(group['lr'] == 0 for group in groups):  # as where torch.distributed.checkpoint makes a state by a step
             return
         self._step = groups[0].get(_STEP, 0) + 1  # other recorders of this optimizer find the same
-        if not self._opened:
-            self._open()
+        if self._writes is None:
+            is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+            self._writes = is_first and self._open()
         if self._is_recorded():
             self._before = [
                 (name, weight, group, weight.detach().clone())
@@ -117,27 +117,26 @@ class Recorder:
         if self._writes:
             self._write(names, values)
 
-    def _open(self) -> None:
-        """Makes the file hold the rows of the steps that have been taken, and no others."""
-        self._writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        if self._writes:
-            rows = self._rows_before()
-            aside = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with aside.open('w', newline='') as file:
-                    csv.writer(file).writerows([COLUMNS, *rows])
-                aside.replace(self.path)
-                with contextlib.suppress(ImportError):
-                    from torch.utils.tensorboard import SummaryWriter
+    def _open(self) -> bool:
+        """Makes the file hold the rows of the steps that have been taken, and no others; returns if it could."""
+        rows = self._rows_before()
+        aside = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open('w', newline='') as file:
+                csv.writer(file).writerows([COLUMNS, *rows])
+            aside.replace(self.path)
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
 
-                    folder = self.path.with_suffix('' if self.path.suffix else '.events')
-                    self._events = SummaryWriter(str(folder), purge_step=self._step)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    aside.unlink()
-                self._give_up(error)
-        self._opened = True
+                folder = self.path.with_suffix('' if self.path.suffix else '.events')
+                self._events = SummaryWriter(str(folder), purge_step=self._step)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            self._give_up(error)
+            return False
+        return True
 
     def _rows_before(self) -> list[list[str]]:
         """Returns the rows of earlier steps that are in the file, and raises ValueError where it is not this run's."""

@@ -16,6 +16,7 @@ import timm.utils
 import timm.utils.model
 import torch
 import torch.nn as nn
+from timm.optim import Lookahead
 from timm.optim._optim_factory import OptimInfo, OptimizerRegistry, default_registry
 
 from .convert import fold_normalization
@@ -33,41 +34,43 @@ _LOOKAHEAD = 'lookahead_'
 
 def register() -> None:
     """Registers the optimizers and the folding with timm; doing so again changes nothing."""
-    names = _known_names()
-    if f'{_PREFIX}sgd' in names:
+    if default_registry.list_optimizers(f'{_PREFIX}sgd'):
         return
-    for name in names:
-        _register_shrinking(name)
     # On the instance: train.py holds the module's functions already, and they all end up here.
     for method, ours in (
-            ('create_optimizer', _create_optimizer), ('register', _register), ('register_alias', _register_alias)):
+            ('create_optimizer', _create_optimizer), ('get_optimizer_info', _get_optimizer_info),
+            ('list_optimizers', _list_optimizers)):
         setattr(default_registry, method, functools.partial(ours, getattr(default_registry, method)))
+    default_registry.list_optimizers()  # registers them
+    # Lookahead has torch's own, which knows neither the checks of the base optimizer nor how it splits a group.
+    setattr(Lookahead, 'add_param_group', lambda self, group: self._base_optimizer.add_param_group(group))  # noqa: B010
     for module in (timm.models._manipulate, timm.models, timm.utils.model, timm.utils):
         if hasattr(module, 'reparameterize_model'):
             setattr(module, 'reparameterize_model', _folding(module.reparameterize_model))  # noqa: B010
 
 
-def _known_names() -> list[str]:
-    return [str(name) for name in default_registry.list_optimizers()]
+def _get_optimizer_info(get_optimizer_info: Callable[[str], OptimInfo], name: str) -> OptimInfo:
+    """Stands in for `OptimizerRegistry.get_optimizer_info`: `aws_<name>` is made of what `<name>` is now."""
+    base_name = name.lower().removeprefix(_PREFIX)
+    if name.lower() == _PREFIX + base_name and not base_name.startswith(_PREFIX):
+        try:
+            base = get_optimizer_info(base_name)
+        except ValueError:
+            return get_optimizer_info(name)  # raises under the name that was asked for
+        if isinstance(base.opt_class, (type, str)):  # no function, of which no class can be made
+            return _shrinking(base_name, base)
+    return get_optimizer_info(name)
 
 
-def _register_shrinking(name: str) -> None:
-    """Registers `aws_<name>`, not for a function or a package's class, which timm imports when it is asked for."""
-    base = default_registry.get_optimizer_info(name)
-    if isinstance(base.opt_class, type) and not name.startswith(_PREFIX):
-        default_registry.register(_shrinking(name, base))
-
-
-def _register(register: Callable[[OptimInfo], None], info: OptimInfo) -> None:
-    """Stands in for `OptimizerRegistry.register`: an optimizer that comes after ours has an `aws_` name as well."""
-    register(info)
-    _register_shrinking(info.name.lower())
-
-
-def _register_alias(register_alias: Callable[[str, str], None], alias: str, target: str) -> None:
-    """Stands in for `OptimizerRegistry.register_alias`, as `_register` does."""
-    register_alias(alias, target)
-    _register_shrinking(alias.lower())
+def _list_optimizers(list_optimizers: Callable[..., list], *args: Any, **kwargs: Any) -> list:
+    """Stands in for `OptimizerRegistry.list_optimizers`: it lists our names too, without classes of other packages."""
+    names = set(list_optimizers())
+    for name in names:
+        if not name.startswith(_PREFIX) and _PREFIX + name not in names:
+            base = default_registry.get_optimizer_info(name)
+            if isinstance(base.opt_class, type):
+                default_registry.register(_shrinking(name, base))
+    return list_optimizers(*args, **kwargs)
 
 
 def _shrinking(name: str, base: OptimInfo) -> OptimInfo:
@@ -97,11 +100,7 @@ def _create_optimizer(
     lookahead, name = _LOOKAHEAD if opt.lower().startswith(_LOOKAHEAD) else '', opt.lower().removeprefix(_LOOKAHEAD)
     if not name.startswith(_PREFIX):
         return create_optimizer(model_or_params, opt, *args, **kwargs)
-    base_name = name.removeprefix(_PREFIX)
-    if base_name in _known_names() and isinstance(default_registry.get_optimizer_info(base_name).opt_class, str):
-        info = _shrinking(base_name, default_registry.get_optimizer_info(base_name))
-    else:
-        info = default_registry.get_optimizer_info(name)  # raises where timm has no such optimizer
+    info = default_registry.get_optimizer_info(name)  # raises where timm has no such optimizer
     opt_class: Any = info.opt_class
 
     def split_and_create(

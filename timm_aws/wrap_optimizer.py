@@ -1,7 +1,7 @@
 """The decoupled shrink around any other optimizer, as a class made of its class."""
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,26 +35,7 @@ class _DecoupledShrink(ShrinkGroups):
         super().__init__(params, *args, **options)
         self._set_shrink(**{self.alpha_key: alpha, 'normalization': normalization})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Shrinks each filter by 1 - lr * gamma, then takes the base optimizer's step.
-
-        Args:
-            closure: Evaluates the model and returns the loss, called with gradients enabled.
-
-        Returns:
-            What the closure returns, None without one.
-
-        Raises:
-            TypeError: If a gradient is sparse.
-            RuntimeError: If a gradient is not finite, looked for in torch's anomaly mode only.
-            ValueError: If the base optimizer sets its learning rate itself (lr=None).
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._check_gradients()
+    def _shrink_and_update(self) -> None:
         # A second-order optimizer differentiates through the weights in its step: they must not change before it.
         afterwards = []
         for param, multiplier in self._multipliers():
@@ -62,10 +43,12 @@ class _DecoupledShrink(ShrinkGroups):
                 afterwards.append((param, param * (1 - multiplier)))
             else:
                 param.mul_(multiplier)
-        self._base_step()
+        step: Any = self.base.step
+        if getattr(step, 'hooked', False):  # torch has wrapped it to run the step hooks, which run around ours already
+            step = step.__wrapped__
+        step(self)
         for param, decrement in afterwards:
             param.sub_(decrement)
-        return loss
 
     def _multipliers(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         for group in self.param_groups:
@@ -74,12 +57,6 @@ class _DecoupledShrink(ShrinkGroups):
                     if group['lr'] is None:
                         raise ValueError(f'{type(self).__name__} needs a learning rate for the shrink: give lr.')
                     yield param, self._multiplier(group, param, filter_length(param, group['normalization']))
-
-    def _base_step(self) -> None:
-        step: Any = self.base.step
-        if getattr(step, 'hooked', False):  # torch has wrapped it to run the step hooks, which run around ours already
-            step = step.__wrapped__
-        step(self)
 
     def __reduce__(self):
         # Classes made by a function cannot be found by name: pickle and deepcopy get the base class instead.
@@ -100,28 +77,11 @@ def aws_optimizer(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimiz
     Returns:
         A subclass of the base, called Aws and the name of the base.
     """
-
-    def __init__(self, params, *args, **options):
-        _DecoupledShrink.__init__(self, params, *args, **options)
-
-    setattr(__init__, '__signature__', _shrinking_signature(base))  # noqa: B010  mypy knows no such attribute
     return type(f'Aws{base.__name__}', (_DecoupledShrink, base), {
         '__doc__': f'{base.__name__} with decoupled Adaptive Weight Shrink, see `aws_optimizer`.',
-        '__init__': __init__,
         'base': base,
         'alpha_key': 'aws_alpha' if 'alpha' in inspect.signature(base).parameters else 'alpha',
     })
-
-
-def _shrinking_signature(base: type[torch.optim.Optimizer]) -> inspect.Signature:
-    """Returns the signature of the base's constructor with the options of the shrink; timm and `help` look at it."""
-    own = list(inspect.signature(_DecoupledShrink.__init__).parameters.values())
-    shrink = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
-    theirs = [
-        parameter.replace(name='base_alpha') if parameter.name == 'alpha' else parameter
-        for parameter in inspect.signature(base.__init__).parameters.values()
-    ]
-    return inspect.Signature(sorted(theirs + shrink, key=lambda parameter: parameter.kind))  # **kwargs last
 
 
 def _new_aws_optimizer(base: Any) -> torch.optim.Optimizer:

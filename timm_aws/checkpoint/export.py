@@ -18,8 +18,9 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from timm.data import create_dataset, resolve_data_config
+from timm.data import create_dataset, create_transform, resolve_data_config, resolve_model_data_config
 from timm.models import save_for_hf
+from torch.utils.data import DataLoader
 
 from .folder import ARGS, CARD, CONFIG, CURVES, PICTURE, RESULTS, WEIGHTS, read_json, sha256
 from .model_card import model_card
@@ -29,8 +30,15 @@ __all__ = ['export', 'hardware']
 
 # Options of train.py about paths on one machine, and how many checkpoints are kept there.
 _PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume', 'checkpoint_hist')
-# Half precision must not cost more of the top-1 accuracy than this, in points.
-_TOLERANCE = 0.05
+# What the Hub takes for the licence of a model, without the licences of single models.
+_LICENSES = '''
+    afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd
+    bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0
+    cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
+    cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0
+    creativeml-openrail-m ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 gfdl gpl gpl-2.0 gpl-3.0 isc lgpl
+    lgpl-2.1 lgpl-3.0 lgpl-lr lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other
+    pddl postgresql unknown unlicense wtfpl zlib'''
 
 
 def export(
@@ -44,37 +52,38 @@ def export(
         img_size: int | None = None,
         data_dir: Path | None = None,
         validate_py: Path | None = None,
+        full_precision: bool = False,
 ) -> dict[str, Any]:
-    """Makes a checkpoint folder.
-
-    The folder is written aside and renamed when it is complete. Filters and matrices are stored in half precision. All
-    other tensors keep their precision.
+    """Makes a checkpoint folder, which is written aside and renamed when it is complete.
 
     Args:
         source: Output folder of timm's train.py, of which the best checkpoint is taken, or a checkpoint file.
         out: Folder to make, named `<architecture>.<tag>`.
         dataset: Name of the data set that the network was trained on, for people to read.
-        license: Licence of the weights, by its SPDX identifier in lower case.
+        license: Licence of the weights, by the Hub's identifier, or 'other'.
         ema: Take the averaged weights (True) or the last ones (False). None takes what validates better.
         labels: File of a header and one line a class, in the order of the classifier: name, a tab, a description.
         img_size: Height and width in pixels of the images to use the network on. None takes the size of the training.
         data_dir: The data set of the training. Its images are counted and validated on.
         validate_py: timm's validate.py, which measures the accuracy.
+        full_precision: Store every tensor with the precision of the training. By default the filters and matrices are
+            stored in half precision, and all other tensors with theirs.
 
     Returns:
         What results.json holds: accuracies, training, versions, hardware, size and sha256 of the weights.
 
     Raises:
         ValueError: If the source is no checkpoint of train.py, if `out` exists or is not named after the network, if
-            labels and classes are not equal in number, if `ema` has to be chosen, if `license` is no identifier, or if
-            half precision does harm.
+            labels and classes are not equal in number, if `ema` has to be chosen, if the Hub does not know `license`,
+            or if half precision turns more right images wrong than chance would.
         RuntimeError: If the weights do not fit the network, or if validate.py fails.
     """
     checkpoint = load_checkpoint(find_checkpoint(source))
     model = _network(checkpoint)
     _check_name(out, model.pretrained_cfg['architecture'])
-    if not re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', license):
-        raise ValueError(f'license must be an SPDX identifier in lower case, such as apache-2.0, not {license!r}.')
+    if license not in _LICENSES.split():
+        raise ValueError(f'license must be an SPDX identifier in lower case that the Hub knows, such as apache-2.0, or '
+                         f'"other", not {license!r}.')
     _check_choice(checkpoint, ema, data_dir, validate_py)
     candidates = (False, True)[:1 + checkpoint.has_ema] if ema is None else (ema,)
     for use in candidates:
@@ -89,11 +98,14 @@ def export(
             full = {use: _validate(checkpoint, folder, data_dir, validate_py, use) for use in candidates}
             ema = max(full, key=lambda use: full[use]['top1'])
         ema = bool(ema)
-        _write_weights(checkpoint, folder, ema)
+        _write_weights(checkpoint, folder, ema, full_precision)
         results = {**_results(checkpoint, folder, dataset, ema, data_dir), **start}
         if validate_py and data_dir:
-            _check_half(full[ema], half := _validate(checkpoint, folder, data_dir, validate_py))
-            results = {**results, 'metrics': half, 'metrics_in_full_precision': full[ema]}
+            if not full_precision:
+                model.load_state_dict(checkpoint.weights(ema))
+                _check_half(model, checkpoint, folder, data_dir)
+                results['metrics_in_full_precision'] = full[ema]
+            results['metrics'] = _validate(checkpoint, folder, data_dir, validate_py)
         (folder / RESULTS).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
         _write_effective_lr(checkpoint, folder)
         (folder / CARD).write_text(model_card(folder), encoding='utf-8')
@@ -159,12 +171,7 @@ def _check_choice(checkpoint: Checkpoint, ema: bool | None, data_dir: Path | Non
 
 
 def _write_config(
-        checkpoint: Checkpoint,
-        model: Any,
-        folder: Path,
-        license: str,
-        labels: Path | None,
-        img_size: int | None,
+        checkpoint: Checkpoint, model: Any, folder: Path, license: str, labels: Path | None, img_size: int | None,
 ) -> None:
     """Writes config.json and args.yaml."""
     args = checkpoint.args
@@ -209,26 +216,22 @@ def _labels(path: Path) -> dict[str, str]:
     return {name: words for name, _, words in (line.partition('\t') for line in lines)}
 
 
-def _write_weights(checkpoint: Checkpoint, folder: Path, ema: bool) -> None:
-    # Norms, biases and running statistics stay in full precision: a variance may be too large for half precision.
-    weights = {
-        name: (weight.half() if weight.ndim >= 2 and weight.is_floating_point() else weight).contiguous()
-        for name, weight in checkpoint.weights(ema).items()
-    }
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise ValueError(f'{name} of {checkpoint.path} is not finite in half precision: it cannot be exported.')
+def _write_weights(checkpoint: Checkpoint, folder: Path, ema: bool, full_precision: bool) -> None:
+    weights = {}
+    for name, weight in checkpoint.weights(ema).items():
+        # Norms, biases and running statistics stay in full precision: a variance may be too large for half precision.
+        half = not full_precision and weight.ndim >= 2 and weight.is_floating_point()
+        weights[name] = (weight.half() if half else weight).contiguous()
+        if not weights[name].isfinite().all():
+            way_out = ' in half precision: give full_precision=True (--full-precision)' if half else ''
+            raise ValueError(f'{name} of {checkpoint.path} is not finite{way_out}.')
     path = folder / WEIGHTS
     safetensors.torch.save_file(weights, path, metadata={'format': 'pt'})
     path.chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read its files
 
 
 def _validate(
-        checkpoint: Checkpoint,
-        folder: Path,
-        data_dir: Path,
-        validate_py: Path,
-        ema: bool | None = None,
+        checkpoint: Checkpoint, folder: Path, data_dir: Path, validate_py: Path, ema: bool | None = None,
 ) -> dict[str, Any]:
     """Runs timm's validate.py on the folder, or on the checkpoint if `ema` is given."""
     args = checkpoint.args
@@ -254,18 +257,35 @@ def _validate(
     }
 
 
-def _check_half(full: dict[str, Any], half: dict[str, Any]) -> None:
-    if full['top1'] - half['top1'] >= _TOLERANCE:
-        raise ValueError(f'Half precision costs {full["top1"] - half["top1"]:.2f} points of top-1 ({full["top1"]} % to '
-                         f'{half["top1"]} %): the weights are too small or too large for it.')
+@torch.inference_mode()
+def _check_half(model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, data_dir: Path) -> None:
+    """Raises ValueError where the stored weights do worse than the model, image by image.
+
+    What counts are the images on which one of the two is right and the other wrong. Either is as likely where half
+    precision does no harm, so by chance they lose as many as here, or more, in one of a hundred cases at least.
+    """
+    args = checkpoint.args
+    device = args['device'] if torch.cuda.is_available() else 'cpu'
+    stored: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    data = resolve_model_data_config(stored)
+    dataset: Any = create_dataset(
+        '', root=str(data_dir), split=args['val_split'], input_img_mode='RGB' if data['input_size'][0] == 3 else 'L')
+    dataset.transform = create_transform(**data, is_training=False)
+    lost = gained = 0
+    for images, labels in DataLoader(dataset, args['batch_size'], num_workers=args['workers']):
+        before, after = (
+            network.eval().to(device)(images.to(device)).argmax(1).cpu() == labels for network in (model, stored))
+        lost, gained = lost + int((before & ~after).sum()), gained + int((after & ~before).sum())
+    differ = lost + gained
+    if 100 * sum(math.comb(differ, count) for count in range(lost, differ + 1)) < 2 ** differ:
+        raise ValueError(
+            f'Half precision turns {lost} right images wrong and {gained} wrong ones right, of {len(dataset)}: the '
+            f'weights are too small or too large for it, give full_precision=True (--full-precision).'
+        )
 
 
 def _results(
-        checkpoint: Checkpoint,
-        folder: Path,
-        dataset: str,
-        ema: bool,
-        data_dir: Path | None,
+        checkpoint: Checkpoint, folder: Path, dataset: str, ema: bool, data_dir: Path | None,
 ) -> dict[str, Any]:
     weights = folder / WEIGHTS
     args = checkpoint.args
@@ -323,6 +343,8 @@ def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> d
     if args is not final and stage.epochs < args['epochs']:
         notes.append(f'the next run starts from epoch {stage.epochs} of {args["epochs"]}')
     command = shlex.join(words) + (f'  # {", ".join(notes)}' if notes else '')
+    for newline in '\n\r':  # one line, whatever has been typed; where a word holds it, shlex has put it into quotes
+        command = command.replace(newline, f"'${newline!r}'")
     stage_results: dict[str, Any] = {'command': command, 'epochs': stage.epochs}
     if (stage.run / 'args.yaml').is_file():
         # From the start of the run, or its last --resume, until the checkpoint was written.

@@ -13,22 +13,8 @@ from typing import Any
 from timm.models import PretrainedCfg
 
 __all__ = [
-    'ARGS',
-    'CARD',
-    'CONFIG',
-    'CURVES',
-    'NAMESPACE_VARIABLE',
-    'PICTURE',
-    'RESULTS',
-    'WEIGHTS',
-    'check_folder',
-    'check_source',
-    'check_weights',
-    'git_blob_id',
-    'own_cfgs',
-    'pretrained_cfg',
-    'read_json',
-    'sha256',
+    'ARGS', 'CARD', 'CONFIG', 'CURVES', 'NAMESPACE_VARIABLE', 'PICTURE', 'RESULTS', 'WEIGHTS', 'check_folder',
+    'check_source', 'check_weights', 'git_blob_id', 'own_cfgs', 'pretrained_cfg', 'read_json', 'sha256',
 ]
 
 WEIGHTS = 'model.safetensors'
@@ -80,10 +66,7 @@ def pretrained_cfg(folder: Path) -> dict[str, Any]:
 
 
 def check_source(cfg: PretrainedCfg) -> None:
-    """Checks that timm can load pretrained weights and that those of a checkpoint folder are not damaged.
-
-    Args:
-        cfg: What timm is about to load.
+    """Checks that timm can load the pretrained weights of `cfg` and that those of a checkpoint folder are not damaged.
 
     Raises:
         RuntimeError: If there are no weights; says how to get some.
@@ -112,10 +95,7 @@ def _how_to_get_weights(cfg: PretrainedCfg) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Checks that a checkpoint folder holds all of its files and no others.
-
-    Args:
-        folder: A checkpoint folder with its weights.
+    """Checks that a checkpoint folder holds all of its files, weights among them, and no others.
 
     Raises:
         ValueError: If a file is missing, damaged or foreign, a pickle for instance; if config.json does not describe a
@@ -174,10 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_weights(folder: Path) -> None:
-    """Compares a folder's weights with the size and the sha256 in its results.json.
-
-    Args:
-        folder: A checkpoint folder.
+    """Compares a checkpoint folder's weights with the size and the sha256 in its results.json.
 
     Raises:
         ValueError: If they differ, or if results.json cannot be read.

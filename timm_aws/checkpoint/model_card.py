@@ -29,10 +29,7 @@ _PRINT = (
 
 
 def model_card(folder: Path) -> str:
-    """Writes the card from the folder's config.json, results.json and args.yaml.
-
-    Args:
-        folder: A checkpoint folder.
+    """Writes the card from the config.json, results.json and args.yaml of a checkpoint folder.
 
     Returns:
         Markdown with the Hub's metadata in front. A model-index is part of it if the accuracy was measured.
@@ -87,7 +84,7 @@ The plugin defines the network. The Hub's own snippet imports timm alone and fai
 `Unknown model ({config["architecture"]})`: import `timm_aws` first.
 
 ```bash
-pip install ./timm_aws    # the folder of a clone
+pip install ./timm_aws    # a clone of timm_aws, or the file of a wheel
 ```
 
 ```python
@@ -106,7 +103,7 @@ import torch
 from PIL import Image
 
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-image = Image.open('image.jpg').convert('RGB')
+image = Image.open('image.jpg').convert({'L' if config["pretrained_cfg"]["input_size"][0] == 1 else 'RGB'!r})
 with torch.inference_mode():
     probabilities = model(transform(image).unsqueeze(0)).softmax(-1)[0]
 for index in probabilities.topk({min(5, config["num_classes"])}).indices.tolist():
@@ -131,19 +128,19 @@ convolutions. The outputs stay the same, and the network is as fast as the ordin
 def _results(results: dict[str, Any]) -> str:
     if 'metrics' not in results:
         return '## Results\n\nNot validated.\n'
-    metrics, full = results['metrics'], results['metrics_in_full_precision']
-    dataset = _escaped(results['dataset'])
+    metrics, full = results['metrics'], results.get('metrics_in_full_precision')
+    precision = '' if full is None else (
+        f'\nThe filters are stored in half precision. In full precision top-1 is {full["top1"]:.2f} %.\n')
     return f'''## Results
 
-On the {metrics["images"]:,} validation images of {dataset}, measured on these files by {metrics["by"]}:
+On the {metrics["images"]:,} validation images of {_escaped(results["dataset"])}, measured on these files by \
+{metrics["by"]}:
 
 | top-1 | top-5 | image size | crop | interpolation |
 |---|---|---|---|---|
 | {metrics["top1"]:.2f} % | {metrics["top5"]:.2f} % | {metrics["img_size"]} px | {metrics["crop_pct"]} | \
 {metrics["interpolation"]} |
-
-The filters are stored in half precision. In full precision top-1 is {full["top1"]:.2f} %.
-'''
+{precision}'''
 
 
 def _training(args: dict[str, Any], results: dict[str, Any], folder: Path) -> str:
@@ -159,11 +156,13 @@ def _training(args: dict[str, Any], results: dict[str, Any], folder: Path) -> st
 Learning rate divided by filter length after each epoch, the median over each layer's filters
 ([data](effective_lr.csv)).
 '''
+    kind = 'averaged weights (EMA)' if results['weights']['ema'] else 'weights'
     text = _filled(
-        f'`{args["opt"]}`{f" ({options})" if options else ""}, momentum {args["momentum"]}, batch size '
+        f'{_escaped(args["opt"])}{f" ({options})" if options else ""}, momentum {args["momentum"]}, batch size '
         f'{args["batch_size"]}, {sum(stage["epochs"] for stage in stages)} epochs{seen}, '
-        f'{hours}{results["hardware"]}, seed {results["seed"]}. {_weights_taken(results)} [args.yaml](args.yaml) holds '
-        f"every option of timm's unmodified train.py:")
+        f'{hours}{results["hardware"]}, seed {results["seed"]}. These are the {kind} after epoch '
+        f'{results["train_py"]["epoch"]} of the last run. [args.yaml](args.yaml) holds every option of timm\'s '
+        f'unmodified train.py:')
     return f'''## Training
 
 {text}
@@ -174,11 +173,6 @@ Learning rate divided by filter length after each epoch, the median over each la
 
 Versions: {", ".join(f"{name} {version}" for name, version in results["versions"].items())}.
 {picture}'''
-
-
-def _weights_taken(results: dict[str, Any]) -> str:
-    kind = 'averaged weights (EMA)' if results['weights']['ema'] else 'weights'
-    return f'These are the {kind} after epoch {results["train_py"]["epoch"]} of the last run.'
 
 
 def _limits(config: dict[str, Any], results: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ were compared with: if two people publish different folders at once, the second 
 already, from this or an earlier try, is not sent again: huggingface_hub's client asks before it sends.
 """
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ _REASONS = {
     413: 'the files are too large for the Hub',
     429: 'the Hub is asked too often, run the command again later',
 }
+
+_BROKEN = 'the connection to the Hub broke, run the command again'
+_NO_JSON = 'what answered is not the Hub, perhaps the login page of a network: open the Hub in a browser first'
 
 # The base class of all errors of the HTTP library. The client's releases use different libraries.
 _TRANSPORT_ERROR: Any = next(cls for cls in reversed(HfHubHTTPError.__mro__) if cls.__module__ != 'builtins')
@@ -94,6 +98,9 @@ def publish(
     if not get_token() and not dry_run:
         raise RuntimeError('There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.')
     with _plain_errors(repo_id, 'was not published'):
+        with contextlib.suppress(RepositoryNotFoundError):
+            if private and not api.model_info(repo_id).private:
+                raise ValueError(f'{repo_id} exists and is public: make it private on the Hub, or leave private out.')
         head = None if dry_run else _make_branch(api, repo_id, private, revision)
         upload, remove = _difference(api, folder, repo_id, head or revision)
         if head is None:
@@ -107,20 +114,13 @@ def publish(
 def _make_branch(api: HfApi, repo_id: str, private: bool, revision: str | None) -> str:
     """Creates repository and branch if they do not exist; returns the branch's last commit."""
     api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.model_info(repo_id).private:
-        raise ValueError(f'{repo_id} exists and is public: make it private on the Hub, or publish without private.')
     if revision:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return str(api.model_info(repo_id, revision=revision).sha)
 
 
 def _commit(
-        api: HfApi,
-        folder: Path,
-        repo_id: str,
-        upload: tuple[str, ...],
-        remove: tuple[str, ...],
-        revision: str | None,
+        api: HfApi, folder: Path, repo_id: str, upload: tuple[str, ...], remove: tuple[str, ...], revision: str | None,
         head: str,
 ) -> str:
     """Commits the difference on top of `head` only; returns the commit that holds the folder."""
@@ -131,31 +131,38 @@ def _commit(
     if not operations:
         return head
     message = f'{folder.name}: {", ".join(upload + remove)}'
-    return api.create_commit(
-        repo_id, operations, commit_message=message, revision=revision, parent_commit=head).oid
+    try:
+        return api.create_commit(
+            repo_id, operations, commit_message=message, revision=revision, parent_commit=head).oid
+    except _TRANSPORT_ERROR:  # the Hub may have taken the commit all the same
+        try:
+            commit = str(api.model_info(repo_id, revision=revision).sha)
+            differs = any(_difference(api, folder, repo_id, commit))
+        except _TRANSPORT_ERROR:
+            raise RuntimeError(f'{repo_id} may have been published or not: {_BROKEN}.') from None
+        if differs:
+            raise
+        return commit
 
 
 def _difference(
-        api: HfApi,
-        folder: Path,
-        repo_id: str,
-        revision: str | None,
+        api: HfApi, folder: Path, repo_id: str, revision: str | None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the files to upload, new or changed, and the files to remove from the repository."""
     names = sorted(path.name for path in folder.iterdir())
     absent = sorted({CURVES, PICTURE} - set(names))  # the optional files
     try:
-        there = {file.path: file for file in api.get_paths_info(repo_id, names + absent, revision=revision)}
+        found: list[Any] = api.get_paths_info(repo_id, names + absent, revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return tuple(names), ()
-    upload = tuple(name for name in names if name not in there or not _same(folder / name, there[name]))
+    there = {file.path: file for file in found}
+
+    def is_same(name: str) -> bool:
+        lfs = there[name].lfs
+        return lfs.sha256 == sha256(folder / name) if lfs else there[name].blob_id == git_blob_id(folder / name)
+
+    upload = tuple(name for name in names if name not in there or not is_same(name))
     return upload, tuple(name for name in absent if name in there)
-
-
-def _same(path: Path, remote) -> bool:
-    if remote.lfs is not None:
-        return remote.lfs.sha256 == sha256(path)
-    return remote.blob_id == git_blob_id(path)
 
 
 def _compare(api: HfApi, folder: Path, repo_id: str, commit: str, logits: torch.Tensor) -> None:
@@ -207,16 +214,18 @@ def _plain_errors(repo_id: str, outcome: str) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise ValueError(f'repo_id {repo_id!r} is not of the form owner/name: {str(error).splitlines()[0]}') from error
-    except (_TRANSPORT_ERROR, RuntimeError, OSError) as error:
+    except (_TRANSPORT_ERROR, RuntimeError, OSError, json.JSONDecodeError) as error:
         # The client wraps errors of large files in a RuntimeError, and some failures in a FileNotFoundError.
         cause = error if isinstance(error, _TRANSPORT_ERROR) else error.__cause__ or error
-        if isinstance(cause, HfHubHTTPError):
+        if isinstance(cause, json.JSONDecodeError):
+            reason = _NO_JSON
+        elif isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code
             words = (cause.server_message or '').splitlines()
             reason = _REASONS.get(status, f'the Hub failed with status {status}, run the command again later')
             reason += f' (it says: {words[0]})' if words else ''
         elif isinstance(cause, _TRANSPORT_ERROR):
-            reason = 'the connection to the Hub broke, run the command again'
+            reason = _BROKEN
         elif isinstance(cause, OSError):  # of the folder or the disk
             reason = str(cause)
         else:

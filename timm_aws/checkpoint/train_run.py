@@ -13,8 +13,8 @@ __all__ = ['Checkpoint', 'find_checkpoint', 'layers_of', 'load_checkpoint', 'sta
 _CONTENT = {'args': argparse.Namespace, 'state_dict': dict, 'optimizer': dict, 'epoch': int}
 # The options of train.py that an export needs.
 _OPTIONS = {
-    'data_dir', 'device', 'eval_metric', 'gp', 'img_size', 'in_chans', 'initial_checkpoint', 'model', 'model_kwargs',
-    'num_classes', 'seed', 'train_split', 'val_split', 'workers',
+    'batch_size', 'data_dir', 'device', 'epochs', 'eval_metric', 'gp', 'img_size', 'in_chans', 'initial_checkpoint',
+    'model', 'model_kwargs', 'momentum', 'num_classes', 'opt', 'seed', 'train_split', 'val_split', 'workers',
 }
 # Arguments of timm.create_model that load weights. train.py sets them itself, so they cannot be in --model-kwargs.
 _LOADING = {'checkpoint_path', 'pretrained'}
