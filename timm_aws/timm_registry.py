@@ -140,8 +140,12 @@ def _folding(reparameterize_model: Callable[..., nn.Module]) -> Callable[..., nn
 
     @functools.wraps(reparameterize_model)
     def fold_and_reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
-        if any(isinstance(module, NormalizedConv2d) for module in model.modules()):
-            model, inplace = fold_normalization(model if inplace else copy.deepcopy(model)), True
-        return reparameterize_model(model, inplace=inplace)
+        if not any(isinstance(module, NormalizedConv2d) for module in model.modules()):
+            return reparameterize_model(model, inplace=inplace)
+        folded = fold_normalization(copy.deepcopy(model), functools.partial(reparameterize_model, inplace=True))
+        if not inplace:
+            return folded
+        model.__dict__ = folded.__dict__  # at once, so that none is left half folded where a part raises
+        return model
 
     return fold_and_reparameterize
