@@ -28,7 +28,8 @@ def convert(model: nn.Module, normalization: str) -> nn.Module:
     Parameters stay the same objects under the same names. A convolution is left alone if no norm follows it (its
     length matters there: an SE gate, a classifier, the last convolution before a residual addition of a
     pre-activation block), if its filters have a single element, or if it is of a class with a forward of its own.
-    What was converted and what was left, with the reason, is logged at level INFO.
+    What was converted and what was left, with the reason, is logged at level INFO. Fold the network with
+    timm.utils.reparameterize_model: a `fuse` of its own reads weights that are not normalized.
 
     'wn' keeps what a trained network computes in evaluation: the batch norms behind take over the lengths of the
     filters, see `rescaled_statistics`. So it leaves a convolution before a norm that cannot do this too: a GroupNorm

@@ -22,7 +22,8 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from .rule import NORMALIZATIONS, is_on_cpu
 
-__all__ = ['CWNConv2d', 'NormalizedConv2d', 'WNConv2d', 'WSConv2d', 'normalize_filters', 'normalized_class']
+__all__ = ['CWNConv2d', 'NormalizedConv2d', 'WNConv2d', 'WSConv2d', 'compute_pruned', 'normalize_filters',
+           'normalized_class']
 
 torch.fx.wrap('normalize_filters')  # a trace takes it for one call: it cannot follow the question for memory formats
 
@@ -137,9 +138,7 @@ class NormalizedConv2d(nn.Conv2d):
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
         """Returns a plain nn.Conv2d with the same output, the normalized weight as its weight. Hooks are left out."""
-        for hook in self._forward_pre_hooks.values():
-            if isinstance(hook, BasePruningMethod):
-                hook(self, ())  # computes the weight, which may be that of before a checkpoint was loaded
+        compute_pruned(self)
         plain: Any = nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,  # type: ignore
             self.groups, self.bias is not None, self.padding_mode, device='meta')
@@ -148,6 +147,21 @@ class NormalizedConv2d(nn.Conv2d):
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.clone(), requires_grad=self.bias.requires_grad)
         return plain.train(self.training)
+
+
+@torch.no_grad()
+def compute_pruned(model: nn.Module) -> None:
+    """Computes the weights of pruned layers, as each of their forwards does.
+
+    A weight may be that of before a checkpoint was loaded. From a forward with gradients, it cannot be copied.
+
+    Args:
+        model: Network, or a layer.
+    """
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                hook(module, ())
 
 
 def _bits(weight: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch.nn as nn
 from timm.optim._optim_factory import OptimInfo, OptimizerRegistry, default_registry
 
 from .convert import fold_normalization
-from .layers import NormalizedConv2d
+from .layers import NormalizedConv2d, compute_pruned
 from .optimizers import AwsAdam, AwsSGD
 from .param_groups import split_normalized
 from .record import Recorder
@@ -142,6 +142,7 @@ def _folding(reparameterize_model: Callable[..., nn.Module]) -> Callable[..., nn
     def fold_and_reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
         if not any(isinstance(module, NormalizedConv2d) for module in model.modules()):
             return reparameterize_model(model, inplace=inplace)
+        compute_pruned(model)
         folded = fold_normalization(copy.deepcopy(model), functools.partial(reparameterize_model, inplace=True))
         if not inplace:
             return folded
