@@ -205,7 +205,7 @@ def _hand_lengths_over(
         length = relative_length(filters, conv.normalized_weight())
         rest = filters - length.view(-1, 1, 1, 1) * conv.normalized_weight()
         hindered = _hindrance(model, pairs[name])
-        if hindered or rest.norm() > 1e-4 * filters.norm():
+        if hindered or rest.norm() > max(1e-4, torch.finfo(filters.dtype).eps) * filters.norm():
             changed.append(name)
         if hindered:
             continue
