@@ -2,7 +2,7 @@
 
     python scripts/findings.py
 
-They come from the trainings of reproduce.py, its tables, and the trainings of init_scale.py.
+They come from the trainings of reproduce.py, its tables, the trainings of init_scale.py, and recalibration.py.
 """
 import json
 import re
@@ -110,11 +110,20 @@ def of_init_scale() -> dict[str, str]:
     return {'init_start': apart('AWS', 0), 'init_l2': apart('weight decay', -1), 'init_aws': apart('AWS', -1)}
 
 
+def of_recalibration() -> dict[str, str]:
+    """Returns the accuracies of recalibration.py, in percent."""
+    top1 = json.loads((RESULTS / 'recalibration.json').read_text())['top1']
+    stages = {'converted': 'converted', 'recalibrated': 'recalibrated', 'tuned': 'fine-tuned'}
+    found = {f'{normalization}_{name}': f'{top1[normalization][stage]:.0f}'
+             for normalization in ('wn', 'ws') for name, stage in stages.items()}
+    return {**found, 'plain': f'{top1["plain"]:.0f}', 'plain_tuned': f'{top1["plain, trained on"]:.0f}'}
+
+
 def values() -> dict[str, str]:
     """Returns the numbers that the READMEs mark a place for."""
     table1, table2, networks, differences, layers, scales, tuned, _ = tables().values()
     return {**of_rules(), **of_decay_and_alpha(table1, table2), **of_networks(networks, differences, tuned),
-            **of_layers(layers, scales), **of_init_scale()}
+            **of_layers(layers, scales), **of_init_scale(), **of_recalibration()}
 
 
 if __name__ == '__main__':

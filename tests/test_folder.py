@@ -79,7 +79,7 @@ def test_gray_pictures_give_the_logits_of_the_same_pictures_as_rgb(hub, checkpoi
         _assert_same_logits(name, in_chans)
 
 
-@pytest.mark.parametrize('in_chans', [1, 3, 6, 9])
+@pytest.mark.parametrize('in_chans', [1, 2, 3, 4, 5, 6, 9])
 @pytest.mark.parametrize('normalization', ['ws', 'wn', 'cwn'])
 def test_every_normalization_keeps_its_output_for_gray_pictures(normalization, in_chans):
     torch.manual_seed(0)

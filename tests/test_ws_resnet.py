@@ -143,6 +143,16 @@ def test_cfg_and_missing_weights():
         timm.create_model('ws_resnet50', pretrained=True)
 
 
+@pytest.mark.parametrize('in_chans', [4, 5])
+def test_a_pretrained_stem_gives_the_same_for_repeated_channels(in_chans):
+    trained, other = (
+        timm.create_model('ws_resnet50_aws', pretrained=True, in_chans=chans).eval() for chans in (3, in_chans))
+    x = torch.randn(2, 3, 64, 64)
+    expected = trained.bn1(trained.conv1(x))
+    actual = other.bn1(other.conv1(torch.cat([x, x], 1)[:, :in_chans]))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_unknown_normalization_raises():
     with pytest.raises(ValueError, match="'bn', choose one of"):
         timm.create_model('ws_resnet18', normalization='bn')

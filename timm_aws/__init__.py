@@ -1,6 +1,6 @@
 """Adaptive Weight Shrink for timm: importing this registers the models and optimizers and gives the public names."""
 from . import ws_resnet
-from .convert import convert
+from .convert import convert, recalibrate
 from .effective_lr import decay_as_lr, effective_lr, equilibrium_angle
 from .layers import CWNConv2d, WNConv2d, WSConv2d
 from .optimizers import AwsAdam, AwsSGD
@@ -24,6 +24,7 @@ __all__ = [
     'list_models',
     'normalized_weights',
     'param_groups_aws',
+    'recalibrate',
     'ws_resnet',
 ]
 __version__ = '0.1.0'

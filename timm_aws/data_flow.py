@@ -24,11 +24,14 @@ __all__ = ['ConvNormPair', 'conv_norm_pairs', 'norm_layers']
 class ConvNormPair(NamedTuple):
     """A convolution and the norm layer that takes its output, by module name.
 
-    `exclusive` says that nothing else takes that output and that both run once in a forward.
+    `exclusive` says that nothing else takes that output and that both run once in a forward. `channels` has every norm
+    layer that takes the output, with the channels of the norm that it takes it in. It is empty where one of them takes
+    other outputs in these channels too, or where the channels cannot be counted.
     """
     conv: str
     norm: str
     exclusive: bool
+    channels: dict[str, slice]
 
 
 def conv_norm_pairs(root: nn.Module, each_channel: bool = False) -> list[ConvNormPair]:
@@ -52,8 +55,9 @@ def _pairs(root: nn.Module, norms: dict[nn.Module, bool]) -> list[ConvNormPair]:
     graph, opaque = _trace(root, norms)
     pairs = _pairs_in_graph(graph, root, norms) if graph else []
     for name, part in _outermost(root, opaque) if graph else root.named_children():
-        for conv, norm, exclusive in _pairs(part, norms):
-            pairs.append(ConvNormPair(f'{name}.{conv}', f'{name}.{norm}', exclusive))
+        for pair in _pairs(part, norms):
+            channels = {f'{name}.{norm}': its_channels for norm, its_channels in pair.channels.items()}
+            pairs.append(ConvNormPair(f'{name}.{pair.conv}', f'{name}.{pair.norm}', pair.exclusive, channels))
     return pairs
 
 
@@ -184,13 +188,29 @@ def _pairs_in_graph(graph: torch.fx.Graph, root: nn.Module, norms: dict[nn.Modul
             calls[node.target].append(node)
     pairs = []
     for conv, nodes in calls.items():
-        if isinstance(modules[conv], nn.Conv2d) and f'{conv}.weight' not in read:
+        layer = modules[conv]
+        if isinstance(layer, nn.Conv2d) and f'{conv}.weight' not in read:
             behind = [_norms_behind(node, modules, norms) for node in nodes]
             if all(behind):
-                norm = behind[0][0]
+                norm = behind[0][0][0]
                 alone = len(nodes) == len(calls[norm.target]) == 1 and list(nodes[0].users) == [norm]
-                pairs.append(ConvNormPair(conv, str(norm.target), alone))
+                channels = _channels_in_norms([call for users in behind for call in users], calls, layer.out_channels)
+                pairs.append(ConvNormPair(conv, str(norm.target), alone, channels))
     return pairs
+
+
+def _channels_in_norms(
+        behind: list[tuple[torch.fx.Node, int | None]],
+        calls: dict[Any, list[torch.fx.Node]],
+        width: int,
+) -> dict[str, slice]:
+    """Counts `ConvNormPair.channels` from the end of those of the norm."""
+    channels = {}
+    for norm, after in behind:
+        if after is None or sum(call.target == norm.target for call, _ in behind) != len(calls[norm.target]):
+            return {}
+        channels[str(norm.target)] = slice(-after - width, -after or None)
+    return channels
 
 
 def _norms_behind(
@@ -198,18 +218,23 @@ def _norms_behind(
         modules: dict[Any, nn.Module],
         norms: dict[nn.Module, bool],
         each_channel: bool = False,
-) -> list[torch.fx.Node]:
+        after: int | None = 0,
+) -> list[tuple[torch.fx.Node, int | None]]:
     """Returns the calls of norm layers that take the output of a node, none if anything else takes it as well.
 
     With `each_channel`, something of another scale may be in other channels: the norm has to take each by itself.
+    With each call comes the number of channels in its input after those of the node, None where it cannot be told.
     """
-    found = []
+    found: list[tuple[torch.fx.Node, int | None]] = []
     for user in node.users:
         module = modules[user.target] if user.op == 'call_module' else None
         if module in norms and (norms[module] or not each_channel):
-            found.append(user)
+            found.append((user, after))
         elif isinstance(module, _PASSING) or user.target in _PASSING_FUNCTIONS or _joins_channels(user):
-            behind = _norms_behind(user, modules, norms, each_channel or user.target is torch.cat)
+            joins = user.target is torch.cat
+            added = _channels_after(node, user, modules) if joins else None if user.target == 'permute' else 0
+            further = None if after is None or added is None else after + added
+            behind = _norms_behind(user, modules, norms, each_channel or joins, further)
             if not behind:
                 return []
             found += behind
@@ -221,3 +246,17 @@ def _norms_behind(
 def _joins_channels(node: torch.fx.Node) -> bool:
     dim = node.kwargs.get('dim', node.args[1] if len(node.args) > 1 else 0)
     return node.target is torch.cat and dim in (1, -3)
+
+
+def _channels_after(node: torch.fx.Node, cat: torch.fx.Node, modules: dict[Any, nn.Module]) -> int | None:
+    """Counts the channels that a concatenation puts after those of a node, where convolutions alone make them."""
+    parts: Any = cat.args[0] if cat.args else cat.kwargs['tensors']
+    if parts.count(node) > 1:
+        return None
+    width = 0
+    for part in parts[parts.index(node) + 1:]:
+        maker = modules[part.target] if part.op == 'call_module' else None
+        if not isinstance(maker, nn.Conv2d):
+            return None
+        width += maker.out_channels
+    return width

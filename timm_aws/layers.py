@@ -9,7 +9,7 @@ raw weight W as their parameter and convolve with
 
 filter by filter, so that the length of a filter does not change the output.
 """
-import copy
+import sys
 from typing import Any
 
 import torch
@@ -17,10 +17,13 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, conv2d_same, register_notrace_module
+from torch.nn.utils import fuse_conv_bn_eval
+from torch.nn.utils.prune import BasePruningMethod
 
 from .rule import NORMALIZATIONS, is_on_cpu
 
-__all__ = ['CWNConv2d', 'NormalizedConv2d', 'WNConv2d', 'WSConv2d', 'normalize_filters', 'normalized_class']
+__all__ = ['CWNConv2d', 'NormalizedConv2d', 'WNConv2d', 'WSConv2d', 'compute_pruned', 'normalize_filters',
+           'normalized_class']
 
 torch.fx.wrap('normalize_filters')  # a trace takes it for one call: it cannot follow the question for memory formats
 
@@ -125,12 +128,41 @@ class NormalizedConv2d(nn.Conv2d):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != '_cached'}
 
+    def __reduce_ex__(self, protocol):
+        # torch.nn.utils.fuse_conv_bn_eval writes the weight of a fused convolution into a copy of this layer, which
+        # would normalize it. Nothing but the caller of copy.deepcopy tells that copy from another.
+        caller = sys._getframe(1).f_back
+        if caller is not None and caller.f_code is fuse_conv_bn_eval.__code__:
+            return self.fuse, ()
+        return super().__reduce_ex__(protocol)
+
+    @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
-        """Returns a plain nn.Conv2d with the same output, the normalized weight as its weight."""
-        plain: nn.Conv2d = copy.deepcopy(self)
-        plain.__class__ = self.plain_class  # the reverse of what convert does
-        plain.weight = nn.Parameter(self.normalized_weight().detach(), requires_grad=self.weight.requires_grad)
-        return plain
+        """Returns a plain nn.Conv2d with the same output, the normalized weight as its weight. Hooks are left out."""
+        compute_pruned(self)
+        plain: Any = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,  # type: ignore
+            self.groups, self.bias is not None, self.padding_mode, device='meta')
+        plain.__class__ = self.plain_class
+        plain.weight = nn.Parameter(self.normalized_weight(), requires_grad=self.weight.requires_grad)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.clone(), requires_grad=self.bias.requires_grad)
+        return plain.train(self.training)
+
+
+@torch.no_grad()
+def compute_pruned(model: nn.Module) -> None:
+    """Computes the weights of pruned layers, as each of their forwards does.
+
+    A weight may be that of before a checkpoint was loaded. From a forward with gradients, it cannot be copied.
+
+    Args:
+        model: Network, or a layer.
+    """
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                hook(module, ())
 
 
 def _bits(weight: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from timm.optim import Lookahead
 from timm.optim._optim_factory import OptimInfo, OptimizerRegistry, default_registry
 
 from .convert import fold_normalization
-from .layers import NormalizedConv2d
+from .layers import NormalizedConv2d, compute_pruned
 from .optimizers import AwsAdam, AwsSGD
 from .param_groups import choose_alpha, split_normalized
 from .record import Recorder
@@ -147,8 +147,13 @@ def _folding(reparameterize_model: Callable[..., nn.Module]) -> Callable[..., nn
 
     @functools.wraps(reparameterize_model)
     def fold_and_reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
-        if any(isinstance(module, NormalizedConv2d) for module in model.modules()):
-            model, inplace = fold_normalization(model if inplace else copy.deepcopy(model)), True
-        return reparameterize_model(model, inplace=inplace)
+        if not any(isinstance(module, NormalizedConv2d) for module in model.modules()):
+            return reparameterize_model(model, inplace=inplace)
+        compute_pruned(model)
+        folded = fold_normalization(copy.deepcopy(model), functools.partial(reparameterize_model, inplace=True))
+        if not inplace:
+            return folded
+        model.__dict__ = folded.__dict__  # at once, so that none is left half folded where a part raises
+        return model
 
     return fold_and_reparameterize

@@ -23,7 +23,7 @@ from timm.models import (
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .checkpoint.folder import check_source, own_cfgs
-from .convert import normalize_convs
+from .convert import normalize_convs, reasons_to_leave, relative_length, rescaled_statistics
 from .layers import NormalizedConv2d, normalize_filters
 from .rule import NORMALIZATIONS
 
@@ -42,7 +42,7 @@ class NormalizedResNet(ResNet):
             normalization: How the weights are normalized: 'ws', 'wn' or 'cwn'.
         """
         super().__init__(*args, **kwargs)
-        normalize_convs(self, normalization)
+        normalize_convs(self, normalization, reasons_to_leave(self))
 
 
 def _create_ws_resnet(variant: str, pretrained: bool = False, **kwargs) -> NormalizedResNet:
@@ -53,11 +53,12 @@ def _create_ws_resnet(variant: str, pretrained: bool = False, **kwargs) -> Norma
 
 
 def _fold_stem(state_dict: dict[str, torch.Tensor], model: NormalizedResNet) -> dict[str, torch.Tensor]:
-    """Folds the stem where timm is about to sum or repeat its filters V for another number of input channels.
+    """Folds the stem where timm is about to sum or repeat its filters for another number of input channels.
 
-    The layer normalizes what timm makes of them once more, to (V - mean V) / s. The batch norm behind it takes 1 / s up
-    in its running statistics, so its output is that of the convolution with V - mean V. The mean is 0 for one channel
-    and for a multiple of the trained number.
+    The layer normalizes what timm makes of them, V, once more, to (V - mean V) / s, and the batch norm behind takes
+    1 / s over. So that mean V is 0, a channel that timm repeats is split among its copies, and one that timm cuts among
+    the rest. The stem then gives the same for gray images in any number of channels, and for repeated channels, but not
+    before a group norm, which has no statistics that could take 1 / s over.
     """
     modules = list(model.named_modules())
     index, name, conv = next((i, n, m) for i, (n, m) in enumerate(modules) if isinstance(m, nn.Conv2d))
@@ -67,17 +68,18 @@ def _fold_stem(state_dict: dict[str, torch.Tensor], model: NormalizedResNet) -> 
         return state_dict
     kind = NORMALIZATIONS[conv.normalization]
     folded = normalize_filters(weight.float(), *kind)
+    if conv.in_channels > 1:  # timm sums for one
+        trained, wanted = weight.shape[1], conv.in_channels
+        copies = torch.arange(wanted).remainder(trained).bincount(minlength=trained).clamp(min=1)
+        spread = folded + folded[:, wanted:].sum(1, keepdim=True) / wanted
+        folded = spread * (wanted / trained / copies).view(-1, 1, 1)  # timm multiplies by trained / wanted
     adapted = adapt_input_conv(conv.in_channels, folded, base_chans=weight.shape[1])
-    unit = normalize_filters(adapted, *kind)
-    scale = (adapted * unit).flatten(1).sum(1) / (unit * unit).flatten(1).sum(1).clamp_min(1e-30)
-    scale = scale.where(scale > 0, 1)  # a filter that sums to 0 stays one
+    length = relative_length(adapted, normalize_filters(adapted, *kind))
     state_dict = {**state_dict, f'{name}.weight': folded}
     if f'{norm}.running_var' in state_dict:
-        mean, variance, gain = (state_dict[f'{norm}.{key}'] for key in ('running_mean', 'running_var', 'weight'))
-        state_dict[f'{norm}.running_mean'] = mean / scale
-        state_dict[f'{norm}.running_var'] = variance / scale ** 2
-        # The norm adds the same eps to a variance of another size.
-        state_dict[f'{norm}.weight'] = gain * ((variance + bn.eps * scale ** 2) / (variance + bn.eps)).sqrt()
+        keys = [f'{norm}.{key}' for key in ('running_mean', 'running_var', 'weight')]
+        mean, variance, gain = (state_dict[key] for key in keys)
+        state_dict.update(zip(keys, rescaled_statistics(mean, variance, gain, bn.eps, length)))
     return state_dict
 
 
