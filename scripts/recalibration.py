@@ -26,8 +26,8 @@ from timm.optim import create_optimizer_v2
 from torch.utils.data import DataLoader, Subset
 
 import timm_aws
-from timm_aws.convert import rescaled_statistics
 from timm_aws.data_flow import conv_norm_pairs
+from timm_aws.norm_statistics import rescaled_statistics
 from timm_aws.rule import filter_length
 
 SEED = 0

@@ -13,7 +13,8 @@ from timm.layers import BatchNormAct2d
 
 import timm_aws
 from timm_aws import CWNConv2d, WSConv2d
-from timm_aws.convert import fold_normalization, reasons_to_leave
+from timm_aws.convert import reasons_to_leave
+from timm_aws.fold import fold_normalization
 
 
 def _input(dtype=torch.float64):
@@ -408,12 +409,18 @@ def test_wn_keeps_what_a_trained_network_computes_or_leaves_the_convolution(case
     assert not recwarn
 
 
-@pytest.mark.parametrize('normalization', ['ws', 'cwn'])
-def test_centering_warns_of_what_it_does_to_a_trained_network_and_not_for_a_fresh_one(normalization, recwarn):
+@pytest.mark.parametrize('normalization', ['ws', 'wn', 'cwn'])
+def test_a_fresh_network_is_converted_whatever_its_norm_without_a_change_of_state(normalization, recwarn):
     for model in (nn.Sequential(_conv(), nn.BatchNorm2d(8)), nn.Sequential(_conv(), nn.GroupNorm(2, 8))):
         state = copy.deepcopy(model.state_dict())
         timm_aws.convert(model, normalization)
+        assert model[0].normalization == normalization
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not recwarn
+
+
+@pytest.mark.parametrize('normalization', ['ws', 'cwn'])
+def test_centering_warns_of_what_it_does_to_a_trained_network(normalization, recwarn):
     centered = _calibrated(nn.Sequential(_conv(), nn.BatchNorm2d(8)), 1, 8, 9, 9)
     with torch.no_grad():
         centered[0].weight.sub_(centered[0].weight.mean((1, 2, 3), keepdim=True))

@@ -1,8 +1,9 @@
 """Adaptive Weight Shrink for timm: importing this registers the models and optimizers and gives the public names."""
 from . import ws_resnet
-from .convert import convert, recalibrate
+from .convert import convert
 from .effective_lr import decay_as_lr, effective_lr, equilibrium_angle
 from .layers import CWNConv2d, WNConv2d, WSConv2d
+from .norm_statistics import recalibrate
 from .optimizers import AwsAdam, AwsSGD
 from .param_groups import alpha_like_decay, normalized_weights, param_groups_aws
 from .record import Recorder

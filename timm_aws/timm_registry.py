@@ -19,7 +19,7 @@ import torch.nn as nn
 from timm.optim import Lookahead
 from timm.optim._optim_factory import OptimInfo, OptimizerRegistry, default_registry
 
-from .convert import fold_normalization
+from .fold import fold_normalization
 from .layers import NormalizedConv2d, compute_pruned
 from .optimizers import AwsAdam, AwsSGD
 from .param_groups import choose_alpha, split_normalized

@@ -23,8 +23,9 @@ from timm.models import (
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .checkpoint.folder import check_source, own_cfgs
-from .convert import normalize_convs, reasons_to_leave, relative_length, rescaled_statistics
+from .convert import normalize_convs, reasons_to_leave
 from .layers import NormalizedConv2d, normalize_filters
+from .norm_statistics import relative_length, rescaled_statistics
 from .rule import NORMALIZATIONS
 
 __all__ = ['NormalizedResNet', 'list_models']  # register_model adds each entry point to this
