@@ -33,13 +33,17 @@ def takes_a_step(model, optimizer, **_):
     assert all('momentum_buffer' in optimizer.state[param] for param in shrunk)
 
 
-def converts_what_a_norm_follows(model, alpha, optimizer, **_):
+def keeps_outputs_and_chooses_alpha(model, optimizer, plain, **_):
+    images, outputs = model.expected
+    torch.testing.assert_close(model(images), outputs, rtol=1e-4, atol=1e-4 * outputs.abs().max().item())
     names = set(timm_aws.normalized_weights(model))
     convolutions = {f'{name}.weight' for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
     assert {name for name in convolutions if '.se.' in name} == convolutions - names
     shrunk, = (group for group in optimizer.param_groups if group['alpha'])
     assert len(shrunk['params']) == len(names)
-    assert shrunk['alpha'] == alpha
+    assert shrunk['alpha'] == timm_aws.alpha_like_decay(model, 1e-4)
+    of_plain, = (group for group in plain.param_groups if group['alpha'])
+    assert (len(of_plain['params']), of_plain['normalization']) == (number_before('convolutions'), 'wn')
 
 
 def loads_weights(model, mine, **_):
@@ -48,8 +52,26 @@ def loads_weights(model, mine, **_):
     assert torch.equal(model.conv1.weight, mine.conv1.weight)
 
 
+@pytest.fixture
+def _without_a_download(monkeypatch):
+    """Gives a network that has seen an image in place of pretrained weights that are not in the package."""
+    create_model = timm.create_model
+
+    def create(name, pretrained=False, **options):
+        if not pretrained or name in timm_aws.list_models():
+            return create_model(name, pretrained=pretrained, **options)
+        model, images = create_model(name, **options), torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            model(images)
+            model.expected = images, model.eval()(images)
+        return model
+
+    monkeypatch.setattr(timm, 'create_model', create)
+
+
+@pytest.mark.usefixtures('_without_a_download')
 @pytest.mark.parametrize('code, fact', list(zip(
-    EXAMPLES, (takes_a_step, converts_what_a_norm_follows, loads_weights), strict=True)))
+    EXAMPLES, (takes_a_step, keeps_outputs_and_chooses_alpha, loads_weights), strict=True)))
 def test_example(code, fact):
     made = {}
     exec(code, made)
@@ -78,7 +100,7 @@ def test_oldest_versions_are_those_of_the_package():
 def test_default_alpha_is_that_of_the_optimizer():
     weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
     assert timm_aws.AwsSGD([weight], lr=0.1).param_groups[0]['alpha'] == float(
-        re.search(r'default of ([\d.e-]+)', README)[1])
+        re.search(r'alpha is ([\d.e-]+)', README)[1])
 
 
 def test_readme_is_short_and_starts_with_the_two_commands():
