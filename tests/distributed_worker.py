@@ -181,6 +181,23 @@ def check_like_decay():
         assert abs(alpha / expected - 1) < 1e-12, (alpha, expected)
 
 
+def check_batch_norm():
+    """Looking for the convolutions before batch norm sets nothing off in a wrapped network, which trains on."""
+    def plain(norm=nn.BatchNorm2d):
+        return nn.Sequential(nn.Sequential(nn.Conv2d(4, 6, 3), norm(6)), nn.Flatten(), nn.Linear(216, 4)).double()
+
+    def shard(model):
+        fully_shard(model[0])
+        return fully_shard(model)
+
+    assert timm_aws.normalized_weights(plain(nn.SyncBatchNorm), batch_norm=True) == {'0.0.weight': 'wn'}
+    for wrap in (DistributedDataParallel, shard):
+        model = wrap(plain())
+        groups = timm_aws.param_groups_aws(model, batch_norm=True, like_decay=0.1)
+        assert [len(group['params']) for group in groups if group['alpha']] == [1]
+        train(model, AwsSGD(groups, lr=0.05), own_share(), steps=2)
+
+
 def check_record(wrap):
     """All ranks are given the same file."""
     files = [Path(f'{wrap.__name__}.{name}.csv') for name in ('alone', 'together')]
@@ -263,6 +280,7 @@ CHECKS = {
     'lengths_of_fewer_filters_than_ranks': partial(
         check_lengths, whole_filters, SINGLE, [[(3, 4), (1, 5)], [(2, 4), (0, 5)]]),
     'like_decay_of_all_ranks': check_like_decay,
+    'batch_norm': check_batch_norm,
     'record_under_ddp': partial(check_record, DistributedDataParallel),
     'record_under_fsdp2': partial(check_record, whole_filters),
     'checkpoint_of_one_process_on_two': lambda: resume(Path('saved_by_one'), whole_filters, *own_share()),

@@ -150,7 +150,8 @@ class _Tracer(torch.fx.Tracer):
         if threading.get_ident() != self.thread:  # a network that runs meanwhile
             return forward(*args, **kwargs)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            # Not `forward`, which runs hooks, FSDP's among them, that a trace must not set off.
+            return super().call_module(m, m.forward, args, kwargs)
         except Exception:
             self.failed = self.failed or m
             raise

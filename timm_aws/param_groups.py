@@ -198,7 +198,9 @@ def choose_alpha(
         chosen = [alpha]
         dist.broadcast_object_list(chosen)
         alpha = chosen[0]
-    _logger.info(f'alpha={alpha:.4g} shrinks the median filter as a weight decay of {like_decay} would.')
+    _logger.info(
+        f'alpha={alpha:.4g} shrinks the median filter as a weight decay of {like_decay} would. A resumed run keeps the '
+        f'alpha that it started with.')
     return alpha
 
 

@@ -2,7 +2,8 @@
 
 timm's factory keeps only what follows the last underscore of an optimizer's name, so that `aws_sgd` would silently be
 `sgd`. The registry instance's `create_optimizer` is wrapped for names that begin with `aws_`: they are resolved in a
-registry of their own, where the name has no underscore. Every other name goes to timm as it came.
+registry of their own, where the name has no underscore. Every other name goes to timm as it came. For `aws_` names the
+factory takes four options of its own: `like_decay` and `batch_norm` of `param_groups_aws`, `record` and `record_every`.
 """
 import copy
 import functools
