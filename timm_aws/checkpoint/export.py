@@ -189,7 +189,8 @@ def _write_config(
     }
     config: dict[str, Any] = {}
     if labels:
-        names = _labels(labels)
+        lines = labels.read_text(encoding='utf-8').rstrip().splitlines()[1:]
+        names = {name: words for name, _, words in (line.partition('\t') for line in lines)}
         if len(names) != model.num_classes:
             raise ValueError(f'{labels} names {len(names)} classes, the network has {model.num_classes}.')
         config = {'label_names': list(names), 'label_descriptions': names}
@@ -209,11 +210,6 @@ def _settings(args: dict[str, Any]) -> dict[str, Any]:
     if settings.get('pretrained_path'):
         settings['pretrained_path'] = _last_parts(settings['pretrained_path'])
     return settings
-
-
-def _labels(path: Path) -> dict[str, str]:
-    lines = path.read_text(encoding='utf-8').rstrip().splitlines()[1:]
-    return {name: words for name, _, words in (line.partition('\t') for line in lines)}
 
 
 def _write_weights(checkpoint: Checkpoint, folder: Path, ema: bool, full_precision: bool) -> None:
