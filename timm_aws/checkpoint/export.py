@@ -341,9 +341,10 @@ def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> d
     for newline in '\n\r':  # one line, whatever has been typed; where a word holds it, shlex has put it into quotes
         command = command.replace(newline, f"'${newline!r}'")
     stage_results: dict[str, Any] = {'command': command, 'epochs': stage.epochs}
-    if (stage.run / 'args.yaml').is_file():
+    started = stage.path.with_name('args.yaml')
+    if started.is_file():
         # From the start of the run, or its last --resume, until the checkpoint was written.
-        seconds = stage.path.stat().st_mtime - (stage.run / 'args.yaml').stat().st_mtime
+        seconds = stage.path.stat().st_mtime - started.stat().st_mtime
         if seconds >= 0:  # a copy of args.yaml may be younger
             stage_results['hours'] = round(seconds / 3600, 2)
     if data_dir:
@@ -356,7 +357,7 @@ def _write_effective_lr(checkpoint: Checkpoint, folder: Path) -> None:
     rows = []
     before = 0
     for stage in stages_of(checkpoint):
-        for path in stage.run.glob('checkpoint-*.pth.tar'):
+        for path in stage.path.parent.glob('checkpoint-*.pth.tar'):
             saved = load_checkpoint(path)
             if saved.epochs <= stage.epochs:
                 rows += [(before + saved.epochs, *row) for row in layers_of(saved)]

@@ -34,11 +34,6 @@ class Checkpoint:
     content: dict[str, Any]
 
     @property
-    def run(self) -> Path:
-        """The folder of the run."""
-        return self.path.parent
-
-    @property
     def epochs(self) -> int:
         """Number of finished epochs."""
         return self.content['epoch'] + 1
