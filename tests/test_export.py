@@ -331,6 +331,20 @@ def test_run_that_started_from_weights_without_a_run(train_run, checkpoint_folde
     assert 'noise only' not in card
 
 
+def test_run_that_distils_features_has_curves(train_run, tmp_path):
+    """Its optimizer names the weights as parts of a module that holds a projection too; the checkpoint does not."""
+    plain, run = train_run(), train_run()
+    for path in run.glob('checkpoint-*.pth.tar'):
+        checkpoint = torch.load(path, weights_only=False)
+        for group in checkpoint['optimizer']['param_groups']:
+            group['param_names'] = [f'student.{name}' for name in group['param_names']] + ['projection.weight']
+        torch.save(checkpoint, path)
+    export(plain, tmp_path / 'plain' / NAME, **SETTINGS)
+    export(run, tmp_path / NAME, **SETTINGS)
+    assert (tmp_path / NAME / 'effective_lr.csv').read_text() == (
+        tmp_path / 'plain' / NAME / 'effective_lr.csv').read_text()
+
+
 def test_pretrained_run_names_its_weights(train_run, tmp_path):
     results = export(train_run(pretrained=True), tmp_path / NAME, **SETTINGS)
     assert results['start'] == {'name': 'test_ws_resnet.untrained', 'license': 'apache-2.0'}

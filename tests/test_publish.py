@@ -251,8 +251,10 @@ def test_folder_is_checked_before_anything_is_sent(hub, copied, capsys):
     ({'architecture': 'ws_resnet18'}, 'cannot be loaded: '),
     ({'label_names': ['a', 1, None, 'd']}, 'must name 4 labels as strings'),
     *(({'pretrained_cfg': {'input_size': [3, 48, 48], **wrong}}, 'cannot be loaded: ') for wrong in (
-        {'std': [0, 0, 0]}, {'std': [float('nan')] * 3}, {'mean': 'grey'}, {'crop_pct': -1}, {'mean': [0.5, 0.5]},
+        {'std': [0, 0, 0]}, {'std': [float('nan')] * 3}, {'mean': 'grey'}, {'mean': [0.5, 0.5]},
         {'interpolation': 'finest'})),
+    *(({'pretrained_cfg': {'input_size': [3, 48, 48], 'crop_pct': crop}}, 'must have a crop_pct of 0.1 to 1')
+      for crop in (-1, 0, 1e-4, float('nan'), '1')),
 ])
 def test_config_that_is_wrong_or_hostile_is_refused(hub, copied, capsys, change, message):
     config = json.loads((copied / 'config.json').read_text())

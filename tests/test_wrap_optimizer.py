@@ -60,3 +60,14 @@ def test_around_another_optimizer_coupled_and_lr_none_raise():
     with pytest.raises(ValueError, match='give lr'):
         optimizer.step()
     assert torch.equal(weight, torch.ones(2, 2))
+
+
+def test_step_that_a_scaler_skips_shrinks_nothing():
+    """torch's fused updates skip it themselves, after the shrink: the scaler must do so before."""
+    weight = torch.nn.Parameter(torch.eye(2))
+    optimizer = aws_optimizer(torch.optim.AdamW)([weight], lr=0.1, normalization='wn', fused=True)
+    scaler = torch.amp.GradScaler('cpu')
+    scaler.scale(weight.sum()).backward()
+    weight.grad.fill_(torch.inf)
+    scaler.step(optimizer)
+    assert torch.equal(weight, torch.eye(2))

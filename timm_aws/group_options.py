@@ -32,6 +32,8 @@ class ShrinkGroups(torch.optim.Optimizer):
     _split: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None  # of the model that timm's factory got
 
     def _set_shrink(self, **options: Any) -> None:
+        # torch's fused updates would unscale the gradients and skip a step themselves, which is after the shrink.
+        self._step_supports_amp_scaling = False
         self.defaults.update(options)
         for group in self.param_groups:
             self._complete_group(group)

@@ -212,7 +212,6 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach, fused=fused)
         self._set_shrink(alpha=alpha, normalization=normalization, decoupled=decoupled)
-        self._step_supports_amp_scaling = False  # the shrink joins gradients that are unscaled
 
     def _states(self, group):
         states = []
@@ -302,7 +301,6 @@ class AwsAdam(_CoupledOrDecoupled, torch.optim.Adam):
             params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize, capturable=capturable,
             fused=fused, decoupled_weight_decay=decoupled)
         self._set_shrink(alpha=alpha, normalization=normalization, decoupled=decoupled)
-        self._step_supports_amp_scaling = False  # the shrink joins gradients that are unscaled
 
     def _complete_group(self, group):
         super()._complete_group(group)

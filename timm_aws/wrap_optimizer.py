@@ -38,25 +38,23 @@ class _DecoupledShrink(ShrinkGroups):
     def _shrink_and_update(self) -> None:
         # A second-order optimizer differentiates through the weights in its step: they must not change before it.
         afterwards = []
-        for param, multiplier in self._multipliers():
-            if getattr(self, 'is_second_order', False):
-                afterwards.append((param, param * (1 - multiplier)))
-            else:
-                param.mul_(multiplier)
+        for group in self.param_groups:
+            for param in group['params']:
+                if param.grad is None or group[self.alpha_key] == 0 or param.ndim < 2:
+                    continue
+                if group['lr'] is None:
+                    raise ValueError(f'{type(self).__name__} needs a learning rate for the shrink: give lr.')
+                multiplier = self._multiplier(group, param, filter_length(param, group['normalization']))
+                if getattr(self, 'is_second_order', False):
+                    afterwards.append((param, param * (1 - multiplier)))
+                else:
+                    param.mul_(multiplier)
         step: Any = self.base.step
         if getattr(step, 'hooked', False):  # torch has wrapped it to run the step hooks, which run around ours already
             step = step.__wrapped__
         step(self)
         for param, decrement in afterwards:
             param.sub_(decrement)
-
-    def _multipliers(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        for group in self.param_groups:
-            for param in group['params']:
-                if param.grad is not None and group[self.alpha_key] != 0 and param.ndim >= 2:
-                    if group['lr'] is None:
-                        raise ValueError(f'{type(self).__name__} needs a learning rate for the shrink: give lr.')
-                    yield param, self._multiplier(group, param, filter_length(param, group['normalization']))
 
     def __reduce__(self):
         # Classes made by a function cannot be found by name: pickle and deepcopy get the base class instead.

@@ -189,7 +189,8 @@ def _write_config(
     }
     config: dict[str, Any] = {}
     if labels:
-        names = _labels(labels)
+        lines = labels.read_text(encoding='utf-8').rstrip().splitlines()[1:]
+        names = {name: words for name, _, words in (line.partition('\t') for line in lines)}
         if len(names) != model.num_classes:
             raise ValueError(f'{labels} names {len(names)} classes, the network has {model.num_classes}.')
         config = {'label_names': list(names), 'label_descriptions': names}
@@ -209,11 +210,6 @@ def _settings(args: dict[str, Any]) -> dict[str, Any]:
     if settings.get('pretrained_path'):
         settings['pretrained_path'] = _last_parts(settings['pretrained_path'])
     return settings
-
-
-def _labels(path: Path) -> dict[str, str]:
-    lines = path.read_text(encoding='utf-8').rstrip().splitlines()[1:]
-    return {name: words for name, _, words in (line.partition('\t') for line in lines)}
 
 
 def _write_weights(checkpoint: Checkpoint, folder: Path, ema: bool, full_precision: bool) -> None:
@@ -346,9 +342,10 @@ def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> d
     for newline in '\n\r':  # one line, whatever has been typed; where a word holds it, shlex has put it into quotes
         command = command.replace(newline, f"'${newline!r}'")
     stage_results: dict[str, Any] = {'command': command, 'epochs': stage.epochs}
-    if (stage.run / 'args.yaml').is_file():
+    started = stage.path.with_name('args.yaml')
+    if started.is_file():
         # From the start of the run, or its last --resume, until the checkpoint was written.
-        seconds = stage.path.stat().st_mtime - (stage.run / 'args.yaml').stat().st_mtime
+        seconds = stage.path.stat().st_mtime - started.stat().st_mtime
         if seconds >= 0:  # a copy of args.yaml may be younger
             stage_results['hours'] = round(seconds / 3600, 2)
     if data_dir:
@@ -361,7 +358,7 @@ def _write_effective_lr(checkpoint: Checkpoint, folder: Path) -> None:
     rows = []
     before = 0
     for stage in stages_of(checkpoint):
-        for path in stage.run.glob('checkpoint-*.pth.tar'):
+        for path in stage.path.parent.glob('checkpoint-*.pth.tar'):
             saved = load_checkpoint(path)
             if saved.epochs <= stage.epochs:
                 rows += [(before + saved.epochs, *row) for row in layers_of(saved)]

@@ -131,6 +131,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     size = cfg.get('input_size')
     if not (isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) and 0 < n <= 4096 for n in size)):
         raise ValueError(f'{path} must have an input_size of channels, height and width, not {size!r}.')
+    crop = cfg.get('crop_pct', 1.)
+    if not (isinstance(crop, (int, float)) and 0.1 <= crop <= 1):  # images are resized to the input size over this
+        raise ValueError(f'{path} must have a crop_pct of 0.1 to 1, not {crop!r}.')
     names = config.get('label_names', [])
     if names and not (isinstance(names, list) and len(names) == config['num_classes']
                       and all(isinstance(name, str) for name in names)):

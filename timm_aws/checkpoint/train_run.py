@@ -34,11 +34,6 @@ class Checkpoint:
     content: dict[str, Any]
 
     @property
-    def run(self) -> Path:
-        """The folder of the run."""
-        return self.path.parent
-
-    @property
     def epochs(self) -> int:
         """Number of finished epochs."""
         return self.content['epoch'] + 1
@@ -134,10 +129,11 @@ def stages_of(checkpoint: Checkpoint) -> list[Checkpoint]:
 
 def layers_of(checkpoint: Checkpoint) -> list[tuple[str, float, float]]:
     """Returns name, learning rate and median filter length of each normalized weight in a checkpoint."""
-    content = checkpoint.content
+    weights = checkpoint.weights(ema=False)
     return [
-        (name, float(group['lr']),
-         float(f'{filter_length(content["state_dict"][name], group["normalization"]).median():.6g}'))
-        for group in content['optimizer']['param_groups'] if group.get('normalization') and 'param_names' in group
-        for name in group['param_names'] if content['state_dict'][name].ndim >= 2
+        (name, float(group['lr']), float(f'{filter_length(weights[name], group["normalization"]).median():.6g}'))
+        for group in checkpoint.content['optimizer']['param_groups'] if group.get('normalization')
+        # Where train.py distils features, its optimizer has the network as `student`, beside a projection.
+        for name in (name.removeprefix('student.') for name in group.get('param_names', ()))
+        if name in weights and weights[name].ndim >= 2
     ]
