@@ -10,8 +10,8 @@ import timm_aws
 from timm_aws.layers import WSConv2d
 from timm_aws.rule import filter_length
 
-LR, STEPS = 0.1, 800
-DECAY, ALPHA = 0.2, 2.  # of equal strength at a std of 0.1
+LR, STEPS = 0.1, 300
+DECAY, ALPHA = 0.5, 5.  # of equal strength at a std of 0.1
 
 
 def two_layers(norm_weight, layer=WSConv2d):
@@ -57,11 +57,17 @@ def test_aws_slows_down_as_such_a_filter_gets_shorter():
 @pytest.mark.parametrize('layer', [WSConv2d, PublishedWSConv2d])
 def test_a_filter_and_its_norm_weight_at_0_never_come_back_and_a_short_filter_can(layer):
     model = two_layers(0., layer)
+    with torch.no_grad():
+        model[1].bias[0] = 0.5
     assert not gradients(model)[0][0].any(), 'the norm weight is 0'
     with torch.no_grad():
         model[0].weight[0] *= 1e-5
     assert gradients(model)[1][0] != 0
     with torch.no_grad():
+        model[1].bias[0] = -0.5
+    assert gradients(model)[1][0] == 0, 'behind the ReLU nothing is left of it'
+    with torch.no_grad():
+        model[1].bias[0] = 0.5
         model[0].weight[0] = 0.
     of_filters, of_norm_weights = gradients(model)
     assert not of_filters[0].any()
