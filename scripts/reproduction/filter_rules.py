@@ -122,7 +122,7 @@ class FixedLength(FilterRule):
 
 
 class FixedAngle(FilterRule):
-    """Keeps the first length R and turns each filter by the angle of the equilibrium under weight decay s, on average.
+    """Keeps the first length R and turns each filter by the angle of the equilibrium under L2 decay s, on average.
 
         u <- u without its part along W
         v <- 0.9 v + 0.1 length(u)^2

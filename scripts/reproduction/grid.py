@@ -101,6 +101,7 @@ class Cell:
         scale: What the convolutions' initialization is multiplied by.
         seed: Seed of initialization, order and augmentation.
         other_decay: Weight decay of norm weights and classifier.
+        decay_until: Share of the epochs after which nothing decays or shrinks any more.
     """
     network: str
     normalization: str
@@ -110,6 +111,7 @@ class Cell:
     scale: float = 1.
     seed: int = 0
     other_decay: float = 1e-4
+    decay_until: float = 1.
 
     def settings(self) -> dict[str, Any]:
         return asdict(self)
@@ -143,14 +145,9 @@ NARROW_ALPHA = 0.075
 LIFETIME_OTHER_DECAY = 1e-3
 
 
-def _long(
-        normalization: str,
-        rule: str,
-        *strengths: float,
-        lr: float = SGD_LR,
-        other_decay: float = LIFETIME_OTHER_DECAY,
-) -> list[Cell]:
-    return [Cell('narrow10', normalization, rule, lr, strength, other_decay=other_decay) for strength in strengths]
+def _long(normalization: str, rule: str, *strengths: float, lr: float = SGD_LR, **options: float) -> list[Cell]:
+    options = {'other_decay': LIFETIME_OTHER_DECAY, **options}
+    return [Cell('narrow10', normalization, rule, lr, strength, **options) for strength in strengths]  # type: ignore
 
 
 # Over 15,000 steps the decay exponent is 50 at L2 1e-2; AWS with alpha 0.25 is equal to it at a std of 0.04, and at a
@@ -162,20 +159,19 @@ LIFETIME = (
     # Strengths over five decades.
     [*_long('ws', 'l2', 1e-1, 1e-4, 1e-5), *_long('ws', 'aws', 2.5, 2.5e-3, 2.5e-4),
      *_long('ws_published', 'l2', 1e-1)],
-    # Decay of norm weights and classifier: none, and as strong as that of the filters.
+    # Decay of norm weights and classifier: none, and as strong as that of the filters. What comes back without decay.
     [*_long('ws', 'l2', 1e-2, other_decay=0.), *_long('ws', 'l2', 1e-2, other_decay=1e-2),
-     *_long('ws', 'aws', 0.25, other_decay=0.), *_long('ws', 'aws', 0.25, other_decay=1e-2)],
+     *_long('ws', 'aws', 0.25, other_decay=0.), *_long('ws', 'aws', 0.25, other_decay=1e-2),
+     *_long('ws', 'l2', 1e-2, decay_until=0.2)],
     # The other rules, at a strength that is about that of L2 1e-3.
-    [*_long('ws', 'sgdw', 1e-2), *_long('ws', 'shifted', 1e-3), *_long('ws', 'sgdp', 1e-2), *_long('ws', 'sgdc', 1e-2),
-     *_long('ws', 'cautious', 1e-2), *_long('ws', 'target', 1e-2), *_long('ws', 'forced', 0.1),
-     *_long('ws', 'hyperball', 0.1), *_long('ws', 'req', 1e-2), *_long('ws', 'aws_by_layer', 1e-3),
-     *_long('ws', 'aws_decoupled', 0.25), *_long('none', 'aws', 1e-3)],
-    # Without normalization and with WN.
-    [*_long('none', 'l2', 1e-3), *_long('none', 'aws', 1e-2), *_long('wn', 'l2', 1e-2, 1e-3),
-     *_long('wn', 'aws', 1e-2, 1e-3)],
-    # Decoupled AWS at the other strengths, and Adam. The exponent of AdamW is 50 at 10.
-    [*_long('ws', 'aws_decoupled', 25., 2.5, 2.5e-2, 2.5e-3), *_long('ws', 'adam', 1e-2, 1e-3, lr=ADAM_LR),
-     *_long('ws', 'adamw', 10., 1., lr=ADAM_LR), *_long('ws', 'aws_adam', 250., 25., lr=ADAM_LR)],
+    [*_long('ws', 'sgdw', 1e-2), *_long('ws', 'sgdp', 1e-2), *_long('ws', 'sgdc', 1e-2), *_long('ws', 'cautious', 1e-2),
+     *_long('ws', 'target', 1e-2), *_long('ws', 'forced', 0.1), *_long('ws', 'hyperball', 0.1),
+     *_long('ws', 'req', 1e-3), *_long('ws', 'aws_by_layer', 1e-3), *_long('ws', 'aws_decoupled', 0.25),
+     *_long('none', 'aws', 1e-3)],
+    # Without normalization, with WN, and Adam, whose exponent is 50 at a decoupled decay of 10.
+    [*_long('none', 'l2', 1e-3), *_long('wn', 'l2', 1e-2), *_long('wn', 'aws', 1e-2),
+     *_long('ws', 'adam', 1e-2, lr=ADAM_LR), *_long('ws', 'adamw', 10., lr=ADAM_LR),
+     *_long('ws', 'aws_adam', 250., lr=ADAM_LR)],
 )
 
 

@@ -43,7 +43,8 @@ def _cell(normalization: str, rule: str, strength: float) -> Cell:
 
 def _title(cell: Cell) -> str:
     other = '' if cell.other_decay == LIFETIME_OTHER_DECAY else f', others {cell.other_decay:g}'
-    return f'{_NORMALIZATIONS[cell.normalization]}, {setting(cell.rule, cell.strength)}{other}'
+    until = '' if cell.decay_until == 1 else f', no decay after {100 * cell.decay_until:.0f} % of the steps'
+    return f'{_NORMALIZATIONS[cell.normalization]}, {setting(cell.rule, cell.strength)}{other}{until}'
 
 
 def tables(lines: Lines, preset: Preset) -> str:

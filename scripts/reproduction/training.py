@@ -58,6 +58,9 @@ def train_cell(cell: Cell, task: Task, images: Images) -> dict[str, Any]:
     }
     start = time.perf_counter()
     for epoch in range(task.epochs):
+        if epoch == round(cell.decay_until * task.epochs):
+            for group in optimizer.param_groups:
+                group.update(weight_decay=0., alpha=0.)
         _record_lengths(record, optimizer)
         angles = _Angles(weights_of(model).values(), normalization)
         done, correct = _train_epoch(model, optimizer, schedule, images, task.batch_size, steps, generator, angles)
