@@ -3,8 +3,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from reproduction.grid import Cell, Task
+from reproduction.images import patterns
 from reproduction.layers import PublishedWSConv2d
 from reproduction.measures import are_dead
+from reproduction.training import train_cell
 
 import timm_aws
 from timm_aws.layers import WSConv2d
@@ -87,3 +90,17 @@ def test_published_layer_divides_by_the_unbiased_std_and_an_eps():
 def test_dead_filters_are_those_of_a_std_below_1e_6():
     weight = torch.tensor([1., -1., 1., -1.]) * torch.tensor([[1e-3], [0.9e-6], [1.1e-6], [0.]]) + 1
     assert are_dead(weight.double()).tolist() == [False, True, False, True]
+
+
+def test_training_records_every_filter_and_its_decay_can_end():
+    task = Task(16, every=0, batch_size=16, epochs=2, epoch_steps=6)
+    decayed, freed = (
+        train_cell(Cell('narrow10', 'ws_published', 'sgdw', 0.01, 1., decay_until=until), task, patterns(16))
+        for until in (1., 0.5))
+    assert sum(decayed['filters']) == 592
+    for key in ('lengths', 'effective_lr', 'angles', 'dead', 'dead_norm_weights', 'dead_both'):
+        assert [len(layers) for layers in decayed[key]] == [13, 13], key
+    assert all(0 < angle < 2 for angle in decayed['angles'][-1])
+    assert freed['lengths'] == decayed['lengths'], 'both are from before the last epoch'
+    assert freed['shortest'][0] == decayed['shortest'][0]
+    assert freed['shortest'][1] > decayed['shortest'][1]

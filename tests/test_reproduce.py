@@ -193,3 +193,10 @@ def test_committed_tables_are_those_of_the_committed_lines_and_nothing_is_left_t
     lines = read_lines(SCRIPTS / 'results' / 'reproduce_cpu.jsonl')
     assert report.tables(lines, PRESETS['cpu']) == (SCRIPTS / 'results' / 'reproduce_cpu.md').read_text()
     assert not pending(SUITES['reproduce'], PRESETS['cpu'], lines)
+
+
+def test_difference_is_told_with_its_interval():
+    # Student's t for two degrees of freedom is 4.30, the standard error 1 / sqrt(3).
+    assert report.interval([1., 2., 3.]) == '+2.0 ± 2.5'
+    assert report.interval([-1.5]) == '-1.5'
+    assert report.interval([]) == 'not run'

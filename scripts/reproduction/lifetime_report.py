@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from outputs import BLACK, BLUE, GREEN, ORANGE, VERMILION, save_figure
 
 from .grid import LIFETIME_OTHER_DECAY, SGD_LR, Cell, Preset, cells_of
-from .report import final_accuracy, has_failed, markdown, seeds_of, setting, told_seeds, versions_of
+from .report import final_accuracy, has_failed, interval, markdown, seeds_of, setting, told_seeds, versions_of
 from .rules import RULES
 
 __all__ = ['figures', 'tables']
@@ -21,8 +21,6 @@ Lines = dict[Cell, dict[str, Any]]
 
 _NORMALIZATIONS = {'none': 'no WS', 'ws': 'WS', 'ws_published': 'WS as published', 'wn': 'WN'}
 _TYPICAL_STD = 0.04  # at which alpha is turned into a weight decay
-# 97.5 % quantile of Student's t for so many differences.
-_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
 # What is compared seed by seed: normalization, rule, strength, less the same.
 _PAIRS = (
     (('ws', 'aws', 0.25), ('ws', 'l2', 1e-2)), (('ws', 'aws', 0.025), ('ws', 'l2', 1e-3)),
@@ -148,15 +146,6 @@ def _differences(lines: Lines) -> str:
         [row(_cell(*ours), _cell(*base)) for ours, base in _PAIRS])
 
 
-def interval(differences: list[float]) -> str:
-    """Tells the mean of differences and the half width of its 95 % interval, by Student's t."""
-    count = len(differences)
-    if count < 2:
-        return f'{differences[0]:+.1f}' if differences else 'not run'
-    width = _QUANTILES.get(count, 2.5) * statistics.stdev(differences) / math.sqrt(count)
-    return f'{statistics.mean(differences):+.1f} ± {width:.1f}'
-
-
 def _spread(values: list[float | None]) -> float | None:
     """Returns the largest over the smallest; None where a layer has no value or 0."""
     return max(values) / min(values) if all(values) else None  # type: ignore[type-var, operator]
@@ -263,7 +252,7 @@ def _spread_map(lines: Lines) -> Figure | None:
                  if cell.rule == rule and cell.normalization != 'none']
         points = [pair for pair in pairs if all(pair)]
         if points:
-            color, marker = colormaps['tab10'](index % 10), 'os^vDPX'[index % 7]
+            color, marker = colormaps['tab20'](index % 20), 'os^vDPX'[index % 7]
             panel.scatter(*zip(*points), color=color, marker=marker, label=RULES[rule].title)
     if not panel.collections:
         return None

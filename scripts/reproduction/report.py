@@ -36,7 +36,8 @@ from .grid import (
 from .rules import RULES
 
 __all__ = [
-    'figures', 'final_accuracy', 'has_failed', 'markdown', 'seeds_of', 'setting', 'tables', 'told_seeds', 'versions_of',
+    'figures', 'final_accuracy', 'has_failed', 'interval', 'markdown', 'seeds_of', 'setting', 'tables', 'told_seeds',
+    'versions_of',
 ]
 
 Lines = dict[Cell, dict[str, Any]]
@@ -52,6 +53,10 @@ _PAPER_3 = {
     'resnext101': (78.71, 78.68, 78.74), 'seresnet50': (77.55, 77.78, 77.68), 'seresnet101': (78.43, 78.65, 78.50)}
 # 5,005 steps an epoch, lr 0.1 for 30 epochs, 0.01 for 30, 0.001 for 30, 0.0001 for 10, momentum 0.9.
 _PAPER_EXPONENT = 5005 * (30 * 0.1 + 30 * 0.01 + 30 * 0.001 + 10 * 0.0001) / (1 - 0.9)
+
+# 97.5 % quantile of Student's t for the mean of so many differences.
+_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
+_MORE = 2.45
 
 _COLORS = (BLUE, VERMILION, GREEN, BLACK)
 
@@ -192,7 +197,7 @@ def _compared(lines: Lines, network: str) -> list[list[dict[str, Any]]]:
 def _over_networks(lines: Lines) -> str:
     baseline, decay, aws, matched = zip(*(_compared(lines, network) for network in _PAPER_3))
     return markdown(
-        'Table 3: mean difference over the networks, and its standard error', ('difference', 'points', 'networks'),
+        'Table 3: mean difference over the networks, and its 95 % interval', ('difference', 'points', 'networks'),
         [[title, *_difference(ours, base)] for title, ours, base in (
             ('WS + WD less baseline', decay, baseline), ('WS + AWS less baseline', aws, baseline),
             ('WS + AWS less WS + WD', aws, decay), (f'WS + AWS, α = {NARROW_ALPHA:g}, less WS + WD', matched, decay))])
@@ -201,8 +206,16 @@ def _over_networks(lines: Lines) -> str:
 def _difference(ours: Iterable[list[dict[str, Any]]], base: Iterable[list[dict[str, Any]]]) -> list[str]:
     """Tells the mean difference over networks, each with trainings of some seeds, and the number of networks."""
     gains = [_mean(one) - _mean(other) for one, other in zip(ours, base) if one and other]
-    error = f' ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f}' if len(gains) > 1 else ''
-    return [f'{statistics.mean(gains):+.1f}{error}' if gains else 'not run', f'{len(gains)}']
+    return [interval(gains), f'{len(gains)}']
+
+
+def interval(differences: list[float]) -> str:
+    """Tells the mean of differences and the half width of its 95 % interval, by Student's t; of seven for more."""
+    count = len(differences)
+    if count < 2:
+        return f'{differences[0]:+.1f}' if differences else 'not run'
+    width = _QUANTILES.get(count, _MORE) * statistics.stdev(differences) / count ** 0.5
+    return f'{statistics.mean(differences):+.1f} ± {width:.1f}'
 
 
 def _mean(found: list[dict[str, Any]]) -> float:
