@@ -161,15 +161,14 @@ LIFETIME = (
      *_long('ws_published', 'l2', 1e-1)],
     # Decay of norm weights and classifier: none, and as strong as that of the filters. What comes back without decay.
     [*_long('ws', 'l2', 1e-2, other_decay=0.), *_long('ws', 'l2', 1e-2, other_decay=1e-2),
-     *_long('ws', 'aws', 0.25, other_decay=0.), *_long('ws', 'aws', 0.25, other_decay=1e-2),
-     *_long('ws', 'l2', 1e-2, decay_until=0.2)],
+     *_long('ws', 'aws', 0.25, other_decay=1e-2), *_long('ws', 'l2', 1e-2, decay_until=0.2)],
     # The other rules, at a strength that is about that of L2 1e-3.
-    [*_long('ws', 'sgdw', 1e-2), *_long('ws', 'sgdp', 1e-2), *_long('ws', 'sgdc', 1e-2), *_long('ws', 'cautious', 1e-2),
+    [*_long('ws', 'sgdw', 1e-2), *_long('ws', 'sgdp', 1e-2), *_long('ws', 'cautious', 1e-2),
      *_long('ws', 'target', 1e-2), *_long('ws', 'forced', 0.1), *_long('ws', 'hyperball', 0.1),
      *_long('ws', 'req', 1e-3), *_long('ws', 'aws_by_layer', 1e-3), *_long('ws', 'aws_decoupled', 0.25),
      *_long('none', 'aws', 1e-3)],
-    # Without normalization, with WN, and Adam, whose exponent is 50 at a decoupled decay of 10.
-    [*_long('none', 'l2', 1e-3), *_long('wn', 'l2', 1e-2), *_long('wn', 'aws', 1e-2),
+    # WN, and Adam, whose exponent is 50 at a decoupled decay of 10.
+    [*_long('wn', 'l2', 1e-2), *_long('wn', 'aws', 1e-2),
      *_long('ws', 'adam', 1e-2, lr=ADAM_LR), *_long('ws', 'adamw', 10., lr=ADAM_LR),
      *_long('ws', 'aws_adam', 250., lr=ADAM_LR)],
 )

@@ -224,8 +224,12 @@ def _strengths(lines: Lines) -> Figure | None:
         label = {'l2': 'weight decay', 'aws': 'AWS'}[rule]
         _band(panels[0], strengths, [[final_accuracy(line) for line in seeds] for seeds in found], color, label)
         _band(panels[1], strengths, [[100 * _dead_share(line) for line in seeds] for seeds in found], color, label)
+    without = seeds_of(lines, _cell('ws', 'none', 0.))
+    if without:
+        panels[0].axhline(
+            statistics.mean(map(final_accuracy, without)), color=BLACK, linestyle='dashed', label='no decay')
     panels[0].set(ylabel='validation accuracy, %')
-    panels[1].set(ylabel='dead filters, %')
+    panels[1].set(ylabel='dead filters, %', ylim=(-2, 102))
     for panel in panels:
         panel.set(xscale='log', xlabel=f'weight decay, or α × {_TYPICAL_STD:g}')
         panel.grid(alpha=0.3)
