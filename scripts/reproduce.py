@@ -3,17 +3,18 @@
     python scripts/reproduce.py run all --preset cpu --data tiny-imagenet    # trains what is not yet there
     python scripts/reproduce.py report --preset cpu                          # tables and figures from what is there
 
-`run` adds one line of JSON to scripts/results/reproduce_PRESET.jsonl for each finished training. It can be stopped at
-any moment. Presets: `smoke`, made-up patterns and a few steps, to try the scripts (no --data); `cpu`, twenty classes of
-Tiny-ImageNet-200 at 32 px; `gpu`, forty classes, and three seeds in table 3 as well. reproduction/grid.py lists the
-trainings of each table and figure.
+`run` adds one line of JSON for each finished training to reproduce_PRESET.jsonl in scripts/results, or for the long
+trainings of `lifetime` to lifetime_PRESET.jsonl. It can be stopped at any moment. Presets: `smoke`, made-up patterns
+and a few steps, to try the scripts (no --data); `cpu`, twenty classes of Tiny-ImageNet-200 at 32 px, ten at 16 px for
+`lifetime`; `gpu`, forty classes, and three seeds in table 3 as well. reproduction/grid.py lists the trainings of each
+table and figure.
 """
 import argparse
 import json
 import multiprocessing
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from outputs import RESULTS, write
 from provenance import hardware, versions
 from reproduction import images as image_sets
-from reproduction.grid import EXPERIMENTS, PRESETS, Cell, Preset, cells_of
+from reproduction.grid import EXPERIMENTS, PRESETS, SUITES, Cell, Preset, Task, cells_of, task_of
 from reproduction.images import Images
 from reproduction.training import train_cell
 from tqdm import tqdm
@@ -45,27 +46,27 @@ def read_lines(path: Path) -> dict[Cell, dict[str, Any]]:
 
 def cell_of(line: dict[str, Any]) -> Cell:
     """Returns what a line is the result of."""
-    return Cell(**{field.name: line[field.name] for field in fields(Cell)})
+    return Cell(**{field.name: line.get(field.name, field.default) for field in fields(Cell)})
 
 
 def _final(line: dict[str, Any]) -> float:
     return line['val_accuracy'][-1] if line['first_nonfinite_step'] is None else 0.
 
 
-def pending(experiments: list[str], preset: Preset, lines: dict[Cell, dict[str, Any]]) -> list[Cell]:
+def pending(experiments: Iterable[str], preset: Preset, lines: dict[Cell, dict[str, Any]]) -> list[Cell]:
     """Lists what is still to be trained, as far as it is known now."""
     accuracy = {cell: _final(line) for cell, line in lines.items()}
     cells = dict.fromkeys(cell for name in experiments for cell in cells_of(name, preset, accuracy))
     return [cell for cell in cells if cell not in lines]
 
 
-def _start_worker(images: Images, preset: Preset, device: str, threads: int) -> None:
+def _start_worker(images: Images, task: Task, device: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    _worker.update(images=images.to(device), preset=preset)
+    _worker.update(images=images.to(device), task=task)
 
 
 def _work(cell: Cell) -> dict[str, Any]:
-    return train_cell(cell, _worker['preset'], _worker['images'])
+    return train_cell(cell, _worker['task'], _worker['images'])
 
 
 def run_cells(cells: list[Cell], pool: ProcessPoolExecutor) -> Iterator[dict[str, Any]]:
@@ -83,18 +84,25 @@ def run(options: argparse.Namespace) -> None:
     """Trains what is not yet there, and writes a line for each."""
     preset = PRESETS[options.preset]
     if options.seeds:
-        preset = replace(preset, seeds=options.seeds, scale_seeds=options.seeds)
-    experiments = list(EXPERIMENTS) if options.experiment == 'all' else [options.experiment]
-    images = image_sets.load(options.data, preset.every, preset.image_size) if preset.every else image_sets.patterns(
-        preset.image_size)
+        preset = replace(preset, seeds=options.seeds, scale_seeds=options.seeds, life_seeds=options.seeds)
+    for suite, experiments in SUITES.items():
+        chosen = [name for name in experiments if options.experiment in (name, 'all')]
+        if chosen:
+            _run_suite(suite, chosen, preset, options)
+
+
+def _run_suite(suite: str, experiments: list[str], preset: Preset, options: argparse.Namespace) -> None:
+    """Trains what is not yet there of some experiments of a suite."""
+    task = task_of(suite, preset)
+    images = image_sets.load(options.data, task.every, task.image_size) if task.every else image_sets.patterns(
+        task.image_size)
     about = _about(options, images)
-    path = options.out / f'reproduce_{options.preset}.jsonl'
+    path = options.out / f'{suite}_{options.preset}.jsonl'
     lines = read_lines(path)
     write(path, ''.join(json.dumps(line) + '\n' for line in lines.values()))
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ProcessPoolExecutor(
             options.jobs, multiprocessing.get_context('spawn'), _start_worker,
-            (images.share(), preset, options.device, threads)) as pool, tqdm(unit='training') as progress:
+            (images.share(), task, options.device, options.threads)) as pool, tqdm(unit='training') as progress:
         # Again and again, as best strengths are known only after their tuning.
         while cells := pending(experiments, preset, lines):
             progress.total = progress.n + len(cells)
@@ -117,15 +125,17 @@ def _about(options: argparse.Namespace, images: Images) -> dict[str, Any]:
 
 def report(options: argparse.Namespace) -> None:
     """Writes the tables and draws the figures of a preset."""
-    from reproduction.report import figures, tables  # needs matplotlib
+    from reproduction import lifetime_report, report  # need matplotlib
 
-    lines = read_lines(options.out / f'reproduce_{options.preset}.jsonl')
-    path = options.out / f'reproduce_{options.preset}.md'
-    write(path, tables(lines, PRESETS[options.preset]))
-    folder = options.out / f'reproduce_{options.preset}'
-    folder.mkdir(exist_ok=True)
-    for picture in [path, *figures(lines, PRESETS[options.preset], folder)]:
-        print(picture)
+    preset = PRESETS[options.preset]
+    for suite, reporter in (('reproduce', report), ('lifetime', lifetime_report)):
+        lines = read_lines(options.out / f'{suite}_{options.preset}.jsonl')
+        path = options.out / f'{suite}_{options.preset}.md'
+        write(path, reporter.tables(lines, preset))
+        folder = path.with_suffix('')
+        folder.mkdir(exist_ok=True)
+        for picture in [path, *reporter.figures(lines, preset, folder)]:
+            print(picture)
 
 
 def main() -> None:
@@ -135,8 +145,9 @@ def main() -> None:
     run_parser.add_argument('experiment', choices=[*EXPERIMENTS, 'all'])
     run_parser.add_argument('--data', type=Path, help='folder of Tiny-ImageNet-200')
     run_parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    run_parser.add_argument('--seeds', type=int, help='seeds of table 3 and of figures 5 and 6')
+    run_parser.add_argument('--seeds', type=int, help='seeds of table 3, of figures 5 and 6, and of lifetime')
     run_parser.add_argument('--jobs', type=int, help='trainings at a time')
+    run_parser.add_argument('--threads', type=int, help='threads of each')
     run_parser.set_defaults(command=run)
     report_parser = commands.add_parser('report', help='write tables and figures from the lines that are there')
     report_parser.set_defaults(command=report)
@@ -145,9 +156,10 @@ def main() -> None:
         command.add_argument('--out', type=Path, default=RESULTS, help='folder of the results')
     options = parser.parse_args()
     if options.command is run:
-        if PRESETS[options.preset].every and not options.data:
+        if PRESETS[options.preset].short.every and not options.data:
             parser.error(f'the preset {options.preset} needs --data, the folder of Tiny-ImageNet-200')
         options.jobs = options.jobs or (8 if options.device.startswith('cuda') else os.cpu_count() or 1)
+        options.threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
     options.command(options)
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from reproduce import cell_of, pending, read_lines
 from reproduction import report
-from reproduction.grid import EXPERIMENTS, PRESETS, Cell, cells_of
+from reproduction.grid import EXPERIMENTS, PRESETS, SUITES, Cell, cells_of
 from reproduction.images import augment, patterns
 from reproduction.rules import RULES, make_optimizer
 from reproduction.training import train_cell
 
 from timm_aws.ws_resnet import NormalizedResNet
 
+TASK = PRESETS['smoke'].short
 SCRIPTS = Path(__file__).parent.parent / 'scripts'
 
 
@@ -33,10 +34,12 @@ def test_smoke_runs_everything_and_goes_on_where_it_was_cut_off(tmp_path):
     reproduce('run', 'all', '--preset', 'smoke', '--out', tmp_path)
     path = tmp_path / 'reproduce_smoke.jsonl'
     lines = read_lines(path)
-    assert pending(list(EXPERIMENTS), PRESETS['smoke'], lines) == []
+    assert pending(SUITES['reproduce'], PRESETS['smoke'], lines) == []
+    assert pending(SUITES['lifetime'], PRESETS['smoke'], read_lines(tmp_path / 'lifetime_smoke.jsonl')) == []
     before = report_of(tmp_path)
-    assert set(before) == {'reproduce_smoke.md', *(f'{name}.{suffix}' for suffix in ('png', 'svg') for name in (
-        'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies'))}
+    assert set(before) == {'reproduce_smoke.md', 'lifetime_smoke.md', *(
+        f'{name}.{suffix}' for suffix in ('png', 'svg') for name in (
+            'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies', 'dying', 'strengths', 'spreads'))}
     assert report_of(tmp_path) == before, 'the same lines make the same report, byte for byte'
     texts = path.read_text().splitlines(keepends=True)
     path.write_text(''.join(texts[:-2]) + texts[-2][:100])  # two are missing, the first of them was being written
@@ -49,17 +52,17 @@ def test_smoke_runs_everything_and_goes_on_where_it_was_cut_off(tmp_path):
 
 def test_failed_training_is_a_result():
     cell = Cell('resnet10', 'ws', 'l2', 1e4, 1.)
-    record = train_cell(cell, PRESETS['smoke'], patterns(16))
+    record = train_cell(cell, TASK, patterns(16))
     assert record['first_nonfinite_step'] is not None
     assert cell_of(json.loads(json.dumps(record))) == cell
-    assert len(record['val_accuracy']) < PRESETS['smoke'].epochs
+    assert len(record['val_accuracy']) < TASK.epochs
 
 
 def test_same_cell_trains_the_same():
     cell = Cell('resnet10', 'wn', 'aws', 0.1, 0.1)
-    first, second = (train_cell(cell, PRESETS['smoke'], patterns(16)) for _ in range(2))
+    first, second = (train_cell(cell, TASK, patterns(16)) for _ in range(2))
     assert {**first, 'seconds': 0} == {**second, 'seconds': 0}
-    assert len(first['effective_lr']) == len(first['lengths']) == PRESETS['smoke'].epochs
+    assert len(first['effective_lr']) == len(first['lengths']) == TASK.epochs
 
 
 @pytest.mark.parametrize('preset', ['smoke', 'cpu', 'gpu'])
@@ -112,10 +115,10 @@ def test_columns_of_table_3_are_compared_on_the_seeds_that_all_have():
 
 
 def test_exponent_of_the_decay_is_the_sum_of_its_shares():
-    record = train_cell(Cell('resnet10', 'ws', 'l2', 0.1, 0.5), PRESETS['smoke'], patterns(16))
+    record = train_cell(Cell('resnet10', 'ws', 'l2', 0.1, 0.5), TASK, patterns(16))
     # 8 steps: 2 at 0.1, 3 at 0.01, 2 at 0.001, 1 at 0.0001, over 1 - 0.9.
     assert record['decay_exponent'] == pytest.approx(0.5 * (0.2 + 0.03 + 0.002 + 0.0001) / 0.1, rel=1e-3)
-    assert train_cell(Cell('resnet10', 'ws', 'aws', 0.1, 0.5), PRESETS['smoke'], patterns(16))['decay_exponent'] is None
+    assert train_cell(Cell('resnet10', 'ws', 'aws', 0.1, 0.5), TASK, patterns(16))['decay_exponent'] is None
 
 
 def test_augmentation_shifts_and_flips_and_does_nothing_else():
@@ -132,7 +135,7 @@ def gradientless_step(rule, lr=0.1, strength=0.01):
     from reproduction.grid import NETWORKS
 
     model = NormalizedResNet(**NETWORKS['resnet10'], num_classes=4)
-    optimizer = make_optimizer(model, rule, lr, strength, 'ws')
+    optimizer = make_optimizer(model, rule, lr, strength, 'ws', 1e-4)
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
@@ -180,13 +183,20 @@ def test_seeds_of_one_setting_are_told_as_mean_and_deviation_and_a_failed_one_is
             'first_nonfinite_step': None if end else 7} for seed, end in enumerate(ends)}
 
     other = {replace(cell, scale=100.): lines(50.)[cell]}
-    assert report._told_seeds(report._seeds({**lines(40., 44., 42.), **other}, cell)) == '42.0 ± 2.0 (3 seeds)'
-    assert report._told_seeds(report._seeds(lines(40., 0.), cell)) == '40.0, **not finite** (step 7)'
-    assert report._told_seeds(report._seeds(lines(40.), cell)) == '40.0'
-    assert report._told_seeds(report._seeds(other, cell)) == 'not run'
+    assert report.told_seeds(report.seeds_of({**lines(40., 44., 42.), **other}, cell)) == '42.0 ± 2.0 (3 seeds)'
+    assert report.told_seeds(report.seeds_of(lines(40., 0.), cell)) == '40.0, **not finite** (step 7)'
+    assert report.told_seeds(report.seeds_of(lines(40.), cell)) == '40.0'
+    assert report.told_seeds(report.seeds_of(other, cell)) == 'not run'
 
 
 def test_committed_tables_are_those_of_the_committed_lines_and_nothing_is_left_to_train():
     lines = read_lines(SCRIPTS / 'results' / 'reproduce_cpu.jsonl')
     assert report.tables(lines, PRESETS['cpu']) == (SCRIPTS / 'results' / 'reproduce_cpu.md').read_text()
-    assert not pending(list(EXPERIMENTS), PRESETS['cpu'], lines)
+    assert not pending(SUITES['reproduce'], PRESETS['cpu'], lines)
+
+
+def test_difference_is_told_with_its_interval():
+    # Student's t for two degrees of freedom is 4.30, the standard error 1 / sqrt(3).
+    assert report.interval([1., 2., 3.]) == '+2.0 ± 2.5'
+    assert report.interval([-1.5]) == '-1.5'
+    assert report.interval([]) == 'not run'

@@ -1,7 +1,7 @@
 """Which trainings each table and figure is made of.
 
-The networks are those of the paper at a small scale: resnet10 has one basic block a stage and half the width, the
-others have the depth of their namesakes and an eighth of the width.
+The networks are those of the paper at a small scale: resnet10 has one basic block a stage and half the width, narrow10
+a quarter of it at most, the others have the depth of their namesakes and an eighth of the width.
 """
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -10,8 +10,8 @@ from typing import Any
 from timm.models.resnet import BasicBlock, Bottleneck
 
 __all__ = [
-    'EXPERIMENTS', 'NETWORKS', 'NETWORK_BUDGET', 'PRESETS', 'Cell', 'Preset', 'cells_of', 'tuned_on_network',
-    'tuned_strength',
+    'EXPERIMENTS', 'LIFETIME', 'NETWORKS', 'NETWORK_BUDGET', 'PRESETS', 'SUITES', 'Cell', 'Preset', 'Task', 'cells_of',
+    'task_of', 'tuned_on_network', 'tuned_strength',
 ]
 
 _DEEP: dict[str, Any] = {'block': Bottleneck, 'channels': (8, 16, 32, 64), 'stem_width': 32}
@@ -19,6 +19,7 @@ _NEXT: dict[str, Any] = {**_DEEP, 'cardinality': 8, 'base_width': 16}
 _SE: dict[str, Any] = {**_DEEP, 'block_args': {'attn_layer': 'se'}}
 NETWORKS: dict[str, dict[str, Any]] = {
     'resnet10': {'block': BasicBlock, 'layers': (1, 1, 1, 1), 'channels': (32, 64, 128, 256)},
+    'narrow10': {'block': BasicBlock, 'layers': (1, 1, 1, 1), 'channels': (16, 32, 64, 64)},
     'resnet50': {**_DEEP, 'layers': (3, 4, 6, 3)},
     'resnet101': {**_DEEP, 'layers': (3, 4, 23, 3)},
     'resnext50': {**_NEXT, 'layers': (3, 4, 6, 3)},
@@ -29,41 +30,61 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Preset:
-    """How large everything is.
+class Task:
+    """What is trained on, and for how long.
 
     Attributes:
         image_size: Height and width, pixels.
         every: Every so many-th class of Tiny-ImageNet-200; 0 for made-up patterns.
-        epochs: Epochs of each training; the learning rate is divided by 10 after 30, 60 and 90 % of them.
         batch_size: Images a step.
+        epochs: How often a training is looked at; the learning rate is divided by 10 after 30, 60 and 90 % of them.
+        epoch_steps: Steps of an epoch; None for one pass over the images.
+    """
+    image_size: int
+    every: int
+    batch_size: int
+    epochs: int
+    epoch_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How large everything is.
+
+    Attributes:
+        short: Task of the paper's tables and figures.
+        long: Task of `lifetime`.
         thin: Take every so many-th value of each sweep, ends included.
         backbones: Networks of table 3.
         seeds: Seeds of each network in table 3.
         scale_seeds: Seeds of each initialization in figures 5 and 6.
         fresh_seeds: Seeds that the tuned strengths of table 3 are measured with, beside the one they were tuned on.
+        life_seeds: Seeds of each row of `lifetime`.
+        life_blocks: Blocks of rows of `lifetime`; None for all.
     """
-    image_size: int
-    every: int
-    epochs: int
-    batch_size: int
+    short: Task
+    long: Task
     thin: int
     backbones: tuple[str, ...]
     seeds: int
     scale_seeds: int
     fresh_seeds: int
+    life_seeds: int
+    life_blocks: int | None = None
 
 
-_ALL_BACKBONES = tuple(name for name in NETWORKS if name != 'resnet10')
+_ALL_BACKBONES = tuple(name for name in NETWORKS if name not in ('resnet10', 'narrow10'))
+_LONG = Task(16, every=20, batch_size=32, epochs=25, epoch_steps=600)
 PRESETS = {
     'smoke': Preset(
-        16, every=0, epochs=2, batch_size=128, thin=6, backbones=('resnet50',), seeds=1, scale_seeds=1, fresh_seeds=1),
+        Task(16, every=0, batch_size=128, epochs=2), Task(16, every=0, batch_size=32, epochs=4, epoch_steps=6), thin=6,
+        backbones=('resnet50',), seeds=1, scale_seeds=1, fresh_seeds=1, life_seeds=1, life_blocks=1),
     'cpu': Preset(
-        32, every=10, epochs=10, batch_size=128, thin=1, backbones=_ALL_BACKBONES, seeds=1, scale_seeds=3,
-        fresh_seeds=2),
+        Task(32, every=10, batch_size=128, epochs=10), _LONG, thin=1, backbones=_ALL_BACKBONES, seeds=1, scale_seeds=3,
+        fresh_seeds=2, life_seeds=3),
     'gpu': Preset(
-        32, every=5, epochs=10, batch_size=128, thin=1, backbones=_ALL_BACKBONES, seeds=3, scale_seeds=3,
-        fresh_seeds=3),
+        Task(32, every=5, batch_size=128, epochs=10), _LONG, thin=1, backbones=_ALL_BACKBONES, seeds=3, scale_seeds=3,
+        fresh_seeds=3, life_seeds=3),
 }
 
 
@@ -73,12 +94,14 @@ class Cell:
 
     Attributes:
         network: Key of NETWORKS.
-        normalization: 'none', 'ws' or 'wn'.
+        normalization: 'none', 'ws', 'wn', or 'ws_published', the layer that the authors of WS have published.
         rule: Key of rules.RULES.
         lr: Learning rate at the start.
         strength: Weight decay or alpha.
         scale: What the convolutions' initialization is multiplied by.
         seed: Seed of initialization, order and augmentation.
+        other_decay: Weight decay of norm weights and classifier.
+        decay_until: Share of the epochs after which nothing decays or shrinks any more.
     """
     network: str
     normalization: str
@@ -87,6 +110,8 @@ class Cell:
     strength: float
     scale: float = 1.
     seed: int = 0
+    other_decay: float = 1e-4
+    decay_until: float = 1.
 
     def settings(self) -> dict[str, Any]:
         return asdict(self)
@@ -117,6 +142,36 @@ NETWORK_BUDGET = {'l2': (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 'aws': (0.025, 0.075, 0.
 TYPICAL_DECAY, TYPICAL_ALPHA = 1e-2, 0.25
 # The same decay at the std of 0.13 that the filters of table 3's narrow networks start with.
 NARROW_ALPHA = 0.075
+LIFETIME_OTHER_DECAY = 1e-3
+
+
+def _long(normalization: str, rule: str, *strengths: float, lr: float = SGD_LR, **options: float) -> list[Cell]:
+    options = {'other_decay': LIFETIME_OTHER_DECAY, **options}
+    return [Cell('narrow10', normalization, rule, lr, strength, **options) for strength in strengths]  # type: ignore
+
+
+# Over 15,000 steps the decay exponent is 50 at L2 1e-2; AWS with alpha 0.25 is equal to it at a std of 0.04, and at a
+# norm of 1 with alpha 1e-2. In the order of their use, as a part is worth something too; each with every seed.
+LIFETIME = (
+    # What kills filters and what does not.
+    [*_long('ws', 'l2', 1e-2), *_long('ws_published', 'l2', 1e-2), *_long('none', 'l2', 1e-2),
+     *_long('ws', 'aws', 0.25), *_long('ws', 'l2', 1e-3), *_long('ws', 'aws', 0.025), *_long('ws', 'none', 0.)],
+    # Strengths over five decades.
+    [*_long('ws', 'l2', 1e-1, 1e-4, 1e-5), *_long('ws', 'aws', 2.5, 2.5e-3, 2.5e-4),
+     *_long('ws_published', 'l2', 1e-1)],
+    # Decay of norm weights and classifier: none, and as strong as that of the filters. What comes back without decay.
+    [*_long('ws', 'l2', 1e-2, other_decay=0.), *_long('ws', 'l2', 1e-2, other_decay=1e-2),
+     *_long('ws', 'aws', 0.25, other_decay=1e-2), *_long('ws', 'l2', 1e-2, decay_until=0.2)],
+    # The other rules, at a strength that is about that of L2 1e-3.
+    [*_long('ws', 'sgdw', 1e-2), *_long('ws', 'sgdp', 1e-2), *_long('ws', 'cautious', 1e-2),
+     *_long('ws', 'target', 1e-2), *_long('ws', 'forced', 0.1), *_long('ws', 'hyperball', 0.1),
+     *_long('ws', 'req', 1e-3), *_long('ws', 'aws_by_layer', 1e-3), *_long('ws', 'aws_decoupled', 0.25),
+     *_long('none', 'aws', 1e-3)],
+    # WN, and Adam, whose exponent is 50 at a decoupled decay of 10.
+    [*_long('wn', 'l2', 1e-2), *_long('wn', 'aws', 1e-2),
+     *_long('ws', 'adam', 1e-2, lr=ADAM_LR), *_long('ws', 'adamw', 10., lr=ADAM_LR),
+     *_long('ws', 'aws_adam', 250., lr=ADAM_LR)],
+)
 
 
 def _thin(values: tuple[float, ...], step: int) -> tuple[float, ...]:
@@ -207,7 +262,23 @@ def _policies(preset: Preset, accuracy: dict[Cell, float]) -> Iterable[Cell]:
                     yield Cell('resnet10', 'ws', rule, lr, strength, scale)
 
 
-EXPERIMENTS = ('table1', 'table2', 'table3', 'table3_tuned', 'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies')
+def _lifetime(preset: Preset) -> Iterable[Cell]:
+    for block in LIFETIME[:preset.life_blocks]:
+        for seed in range(preset.life_seeds):
+            yield from (replace(cell, seed=seed) for cell in block)
+
+
+# The experiments, by the file that their trainings are in.
+SUITES = {
+    'reproduce': ('table1', 'table2', 'table3', 'table3_tuned', 'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies'),
+    'lifetime': ('lifetime',),
+}
+EXPERIMENTS = tuple(name for suite in SUITES.values() for name in suite)
+
+
+def task_of(suite: str, preset: Preset) -> Task:
+    """Returns what the trainings of a suite train on."""
+    return preset.long if suite == 'lifetime' else preset.short
 
 
 def cells_of(experiment: str, preset: Preset, accuracy: dict[Cell, float]) -> list[Cell]:
@@ -233,5 +304,6 @@ def cells_of(experiment: str, preset: Preset, accuracy: dict[Cell, float]) -> li
         'fig5': lambda: _initializations(preset, 'l2', TYPICAL_DECAY),
         'fig6': lambda: _initializations(preset, 'aws', TYPICAL_ALPHA),
         'policies': lambda: _policies(preset, accuracy),
+        'lifetime': lambda: _lifetime(preset),
     }[experiment]()
     return list(dict.fromkeys(made))

@@ -35,7 +35,10 @@ from .grid import (
 )
 from .rules import RULES
 
-__all__ = ['figures', 'tables']
+__all__ = [
+    'figures', 'final_accuracy', 'has_failed', 'interval', 'markdown', 'seeds_of', 'setting', 'tables', 'told_seeds',
+    'versions_of',
+]
 
 Lines = dict[Cell, dict[str, Any]]
 
@@ -51,6 +54,10 @@ _PAPER_3 = {
 # 5,005 steps an epoch, lr 0.1 for 30 epochs, 0.01 for 30, 0.001 for 30, 0.0001 for 10, momentum 0.9.
 _PAPER_EXPONENT = 5005 * (30 * 0.1 + 30 * 0.01 + 30 * 0.001 + 10 * 0.0001) / (1 - 0.9)
 
+# 97.5 % quantile of Student's t for the mean of so many differences.
+_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
+_MORE = 2.45
+
 _COLORS = (BLUE, VERMILION, GREEN, BLACK)
 
 
@@ -59,14 +66,15 @@ def final_accuracy(line: dict[str, Any]) -> float:
     return line['val_accuracy'][-1] if line['first_nonfinite_step'] is None else 100 / line['num_classes']
 
 
-def _setting(rule: str, strength: float) -> str:
+def setting(rule: str, strength: float) -> str:
     """Names a rule and its strength, alpha or weight decay."""
     if rule == 'none':
         return RULES[rule].title
     return f'{RULES[rule].title}, {"α" if rule.startswith("aws") else "λ"} = {strength:g}'
 
 
-def _failed(line: dict[str, Any]) -> bool:
+def has_failed(line: dict[str, Any]) -> bool:
+    """Whether a training ended early or learned next to nothing."""
     return line['first_nonfinite_step'] is not None or final_accuracy(line) < 1.5 * 100 / line['num_classes']
 
 
@@ -76,14 +84,15 @@ def _told(line: dict[str, Any] | None) -> str:
     if line['first_nonfinite_step'] is not None:
         return f'**not finite** (step {line["first_nonfinite_step"]})'
     accuracy = f'{line["val_accuracy"][-1]:.1f}'
-    return f'**{accuracy}** (chance)' if _failed(line) else accuracy
+    return f'**{accuracy}** (chance)' if has_failed(line) else accuracy
 
 
 def _paper(value: float | None) -> str:
     return '**fails**' if value is None else f'{value:.2f}'
 
 
-def _markdown(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def markdown(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Writes a table below a heading."""
     lines = [' | '.join(head), *(' | '.join(row) for row in rows)]
     rule = '|' + '---|' * len(lines[0].split(' | '))
     return '\n'.join([f'## {title}', '', f'| {lines[0]} |', rule, *(f'| {line} |' for line in lines[1:]), ''])
@@ -104,16 +113,17 @@ def tables(lines: Lines, preset: Preset) -> str:
     first = next(iter(lines.values()))
     about = (
         f'Validation accuracy in percent at the end of training on {first["dataset"]}; chance is '
-        f'{100 / first["num_classes"]:.1f} %. {len(lines)} trainings of {preset.epochs} epochs, '
-        f'{sum(_failed(line) for line in lines.values())} of which failed: a loss or weight that is not finite, or an '
-        f'accuracy below one and a half times chance. {first["hardware"]}; {_versions(lines)}.\n'
+        f'{100 / first["num_classes"]:.1f} %. {len(lines)} trainings of {preset.short.epochs} epochs, '
+        f'{sum(map(has_failed, lines.values()))} of which failed: a loss or weight that is not finite, or an '
+        f'accuracy below one and a half times chance. {first["hardware"]}; {versions_of(lines)}.\n'
     )
     parts = (_table1, _table2, _table3, _over_networks, _layers, _spread)
     return '\n'.join(
         [about, *(part(lines) for part in parts), _table3_tuned(lines, preset), _policies(lines, preset)])
 
 
-def _versions(lines: Lines) -> str:
+def versions_of(lines: Lines) -> str:
+    """Names the versions of what the trainings ran on."""
     return '; '.join(sorted({', '.join(f'{name} {version}' for name, version in line['versions'].items())
                              for line in lines.values()}))
 
@@ -131,7 +141,7 @@ def _table1(lines: Lines) -> str:
         return [f'{decay:g}', f'{exponents[0]:.3g}' if exponents else '', *map(_told, ours),
                 f'{decay * _PAPER_EXPONENT:.3g}' if paper else '', *theirs]
 
-    return _markdown(
+    return markdown(
         'Table 1: weight decay on standardized weights',
         ('weight decay', 'decay exponent, SGD', 'WS, SGD', 'WS, Adam (L2)', 'WS, AdamW', 'SGD, no WS',
          'paper: decay exponent, SGD', 'paper: WS, SGD', 'paper: WS, Adam', 'paper: SGD, no WS'),
@@ -151,7 +161,7 @@ def _table2(lines: Lines) -> str:
 
     titles = [f'{normalization.upper()}, {title}' for normalization in ('ws', 'wn') for title in (
         'SGD coupled', 'SGD decoupled', 'Adam decoupled', 'Adam coupled')]
-    return _markdown(
+    return markdown(
         'Table 2: AWS, alpha', ('alpha', *titles, *(f'paper: {t}' for t in ('WS SGD', 'WS Adam', 'WN SGD', 'WN Adam'))),
         map(row, alphas))
 
@@ -166,9 +176,9 @@ def _table3(lines: Lines) -> str:
         columns = _compared(lines, network)
         decay = columns[1]
         start = f'{statistics.median(decay[0]["lengths"][0]):.2f}' if decay else 'not run'
-        return [network, *map(_told_seeds, columns), start, *map(_paper, _PAPER_3[network])]
+        return [network, *map(told_seeds, columns), start, *map(_paper, _PAPER_3[network])]
 
-    return _markdown(
+    return markdown(
         'Table 3: networks', (
             'network', 'baseline', 'WS + WD', 'WS + AWS', f'WS + AWS, α = {NARROW_ALPHA:g}', 'median std at the start',
             'paper: baseline', 'paper: WS + WD', 'paper: WS + AWS'),
@@ -177,7 +187,7 @@ def _table3(lines: Lines) -> str:
 
 def _compared(lines: Lines, network: str) -> list[list[dict[str, Any]]]:
     """Returns a network's trainings for each column of table 3, of the seeds that the paper's columns all have."""
-    columns = [_seeds(lines, Cell(network, *column[:2], SGD_LR, column[2]))
+    columns = [seeds_of(lines, Cell(network, *column[:2], SGD_LR, column[2]))
                for column in (_BASELINE, _DECAY, _AWS, _MATCHED)]
     seeds = [{line['seed'] for line in column} for column in columns[:3] if column]
     common = set.intersection(*seeds) if seeds else set()
@@ -186,8 +196,8 @@ def _compared(lines: Lines, network: str) -> list[list[dict[str, Any]]]:
 
 def _over_networks(lines: Lines) -> str:
     baseline, decay, aws, matched = zip(*(_compared(lines, network) for network in _PAPER_3))
-    return _markdown(
-        'Table 3: mean difference over the networks, and its standard error', ('difference', 'points', 'networks'),
+    return markdown(
+        'Table 3: mean difference over the networks, and its 95 % interval', ('difference', 'points', 'networks'),
         [[title, *_difference(ours, base)] for title, ours, base in (
             ('WS + WD less baseline', decay, baseline), ('WS + AWS less baseline', aws, baseline),
             ('WS + AWS less WS + WD', aws, decay), (f'WS + AWS, α = {NARROW_ALPHA:g}, less WS + WD', matched, decay))])
@@ -196,8 +206,16 @@ def _over_networks(lines: Lines) -> str:
 def _difference(ours: Iterable[list[dict[str, Any]]], base: Iterable[list[dict[str, Any]]]) -> list[str]:
     """Tells the mean difference over networks, each with trainings of some seeds, and the number of networks."""
     gains = [_mean(one) - _mean(other) for one, other in zip(ours, base) if one and other]
-    error = f' ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f}' if len(gains) > 1 else ''
-    return [f'{statistics.mean(gains):+.1f}{error}' if gains else 'not run', f'{len(gains)}']
+    return [interval(gains), f'{len(gains)}']
+
+
+def interval(differences: list[float]) -> str:
+    """Tells the mean of differences and the half width of its 95 % interval, by Student's t; of seven for more."""
+    count = len(differences)
+    if count < 2:
+        return f'{differences[0]:+.1f}' if differences else 'not run'
+    width = _QUANTILES.get(count, _MORE) * statistics.stdev(differences) / count ** 0.5
+    return f'{statistics.mean(differences):+.1f} ± {width:.1f}'
 
 
 def _mean(found: list[dict[str, Any]]) -> float:
@@ -211,13 +229,13 @@ def _table3_tuned(lines: Lines, preset: Preset) -> str:
     def told(network: str, rule: str) -> list[str]:
         tuning = [lines.get(Cell(network, 'ws', rule, SGD_LR, strength)) for strength in NETWORK_BUDGET[rule]]
         best = tuned_on_network(network, rule, preset, accuracy)
-        fresh = [line for line in _seeds(lines, best) if line['seed'] != best.seed] if best else []
+        fresh = [line for line in seeds_of(lines, best) if line['seed'] != best.seed] if best else []
         measured[rule].append(fresh)
-        return [*map(_told, tuning), f'{best.strength:g}' if best else '', _told_seeds(fresh)]
+        return [*map(_told, tuning), f'{best.strength:g}' if best else '', told_seeds(fresh)]
 
     rows = [[network, *(text for rule in NETWORK_BUDGET for text in told(network, rule))] for network in _PAPER_3]
     points, networks = _difference(measured['aws'], measured['l2'])
-    return _markdown(
+    return markdown(
         'Table 3, tuned: one seed to tune each network, other seeds to measure', (
             'network', *(f'λ = {strength:g}' for strength in NETWORK_BUDGET['l2']), 'best λ', 'WS + WD, other seeds',
             *(f'α = {strength:g}' for strength in NETWORK_BUDGET['aws']), 'best α', 'WS + AWS, other seeds'),
@@ -228,27 +246,28 @@ def _layers(lines: Lines) -> str:
     def row(rule: str, strength: float) -> list[str]:
         line = lines.get(Cell('resnet10', 'ws', rule, SGD_LR, strength))
         if line is None or len(line['effective_lr']) < 3:
-            return [_setting(rule, strength), *['not run so far'] * 4]
+            return [setting(rule, strength), *['not run so far'] * 4]
         start, later = line['effective_lr'][0], line['effective_lr'][2]
         growth = sorted(after / before for before, after in zip(start[1:], later[1:]))
-        return [_setting(rule, strength), f'{max(start) / min(start):.1f}', f'{max(later) / min(later):.1f}',
+        return [setting(rule, strength), f'{max(start) / min(start):.1f}', f'{max(later) / min(later):.1f}',
                 f'{growth[0]:.1f} to {growth[-1]:.1f}', f'{statistics.median(line["effective_lr"][-1]):.2g}']
 
-    return _markdown(
+    return markdown(
         'Figures 2 and 4: effective learning rates of the layers',
         ('rule', 'largest over smallest at the start', 'after two epochs',
          'growth until then, all layers but the first', 'median in the last epoch'),
         [row('l2', 0.), row('l2', TYPICAL_DECAY), row('aws', TYPICAL_ALPHA)])
 
 
-def _seeds(lines: Lines, cell: Cell) -> list[dict[str, Any]]:
+def seeds_of(lines: Lines, cell: Cell) -> list[dict[str, Any]]:
     """Returns the trainings of a cell with any seed, in the order of the seeds."""
     found = [other for other in lines if replace(other, seed=cell.seed) == cell]
     return [lines[other] for other in sorted(found, key=lambda other: other.seed)]
 
 
-def _told_seeds(found: list[dict[str, Any]]) -> str:
-    if len(found) < 2 or any(map(_failed, found)):
+def told_seeds(found: list[dict[str, Any]]) -> str:
+    """Tells the accuracies of several seeds: mean and standard deviation, or one by one where one has failed."""
+    if len(found) < 2 or any(map(has_failed, found)):
         return ', '.join(map(_told, found)) or 'not run'
     values = [final_accuracy(line) for line in found]
     return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} seeds)'
@@ -256,12 +275,12 @@ def _told_seeds(found: list[dict[str, Any]]) -> str:
 
 def _spread(lines: Lines) -> str:
     def row(rule: str, strength: float) -> list[str]:
-        found = [_seeds(lines, Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)) for scale in SCALES]
+        found = [seeds_of(lines, Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)) for scale in SCALES]
         means = [statistics.mean(map(final_accuracy, seeds)) for seeds in found if seeds]
         spread = f'{max(means) - min(means):.1f}' if len(means) > 1 else ''
-        return [_setting(rule, strength), *map(_told_seeds, found), spread]
+        return [setting(rule, strength), *map(told_seeds, found), spread]
 
-    return _markdown(
+    return markdown(
         'Figures 5 and 6: initialization times', ('rule', *(f'{scale:g}' for scale in SCALES), 'spread, points'),
         [row('l2', TYPICAL_DECAY), row('aws', TYPICAL_ALPHA)])
 
@@ -276,11 +295,11 @@ def _policies(lines: Lines, preset: Preset) -> str:
         found = _square(lines, rule, strength)
         values = [final_accuracy(line) for line in found if line]
         best = lines.get(Cell('resnet10', 'ws', rule, SGD_LR, strength))
-        failed = sum(_failed(line) for line in found if line)
+        failed = sum(has_failed(line) for line in found if line)
         return [RULES[rule].title, f'{strength:g}', _told(best), f'{statistics.mean(values):.1f}' if values else '',
                 f'{min(values):.1f}' if values else '', f'{failed} of {len(values)}']
 
-    return _markdown(
+    return markdown(
         'Policies: learning rate times initialization scale',
         ('rule', 'best strength', f'at lr {SGD_LR:g}, scale 1', 'mean over the square', 'worst', 'failed'),
         map(row, POLICIES))
@@ -338,14 +357,14 @@ def _effective_lrs(lines: Lines, rules: tuple[tuple[str, float], ...]) -> Figure
     for panel, line, (rule, strength) in zip(panels, found, rules):
         for color, rates in zip(layer_colors(len(line['layers'])), zip(*line['effective_lr'])):
             _curve(panel, rates, color, '')
-        panel.set(title=_setting(rule, strength), xlabel='epoch', yscale='log')
+        panel.set(title=setting(rule, strength), xlabel='epoch', yscale='log')
     panels[0].set_ylabel('effective learning rate, lr / std')
     add_layer_bar(figure, panels)
     return figure
 
 
 def _fig56(lines: Lines, rule: str, strength: float) -> Figure | None:
-    found = {scale: _seeds(lines, Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)) for scale in SCALES}
+    found = {scale: seeds_of(lines, Cell('resnet10', 'ws', rule, SGD_LR, strength, scale)) for scale in SCALES}
     if not all(found.values()):
         return None
     figure = Figure(figsize=(9, 4), layout='constrained')
@@ -356,7 +375,7 @@ def _fig56(lines: Lines, rule: str, strength: float) -> Figure | None:
             for index, line in enumerate(seeds):
                 label = '' if index else f'initialization × {scale:g}{failed}'
                 _curve(panel, line[f'{kind}_accuracy'], color, label, marker='.', linewidth=0.8)
-        panel.set(xlabel='epoch', ylabel=f'{kind} accuracy, %', title=_setting(rule, strength))
+        panel.set(xlabel='epoch', ylabel=f'{kind} accuracy, %', title=setting(rule, strength))
     panels[0].legend()
     return figure
 
@@ -372,7 +391,7 @@ def _heat_maps(lines: Lines, preset: Preset) -> Figure | None:
     colors = colormaps['cividis']
     for panel, (rule, strength) in zip(panels.flat, strengths.items()):
         _heat_map(panel, _square(lines, rule, strength), colors, shade)
-        panel.set_title(_setting(rule, strength), fontsize=9)
+        panel.set_title(setting(rule, strength), fontsize=9)
     figure.colorbar(ScalarMappable(shade, colors), ax=panels, label='validation accuracy, %')
     figure.supxlabel('initialization times')
     figure.supylabel('learning rate')
@@ -385,7 +404,7 @@ def _heat_map(panel: Axes, cells: list[dict[str, Any] | None], colors: Any, shad
               for start in range(0, len(cells), width)]
     panel.imshow(values, cmap=colors, norm=shade, origin='lower', aspect='auto')
     for index, line in enumerate(cells):
-        text = '' if line is None else 'fails' if _failed(line) else f'{final_accuracy(line):.0f}'
+        text = '' if line is None else 'fails' if has_failed(line) else f'{final_accuracy(line):.0f}'
         color = 'white' if line is None or shade(final_accuracy(line)) < 0.6 else 'black'
         panel.text(index % width, index // width, text, ha='center', va='center', color=color)
     panel.set_xticks(range(width), [f'{scale:g}' for scale in POLICY_SCALES])

@@ -1,0 +1,267 @@
+"""Tables and figures of `lifetime`: what each rule does to the filters when it has its own time."""
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from outputs import BLACK, BLUE, GREEN, ORANGE, VERMILION, save_figure
+
+from .grid import LIFETIME_OTHER_DECAY, SGD_LR, Cell, Preset, cells_of
+from .report import final_accuracy, has_failed, interval, markdown, seeds_of, setting, told_seeds, versions_of
+from .rules import RULES
+
+__all__ = ['figures', 'tables']
+
+Lines = dict[Cell, dict[str, Any]]
+
+_NORMALIZATIONS = {'none': 'no WS', 'ws': 'WS', 'ws_published': 'WS as published', 'wn': 'WN'}
+_TYPICAL_STD = 0.04  # at which alpha is turned into a weight decay
+# What is compared seed by seed: normalization, rule, strength, less the same.
+_PAIRS = (
+    (('ws', 'aws', 0.25), ('ws', 'l2', 1e-2)), (('ws', 'aws', 0.025), ('ws', 'l2', 1e-3)),
+    (('ws', 'aws', 0.025), ('ws', 'none', 0.)), (('ws', 'l2', 1e-3), ('ws', 'none', 0.)),
+    (('ws', 'l2', 1e-3), ('ws', 'l2', 1e-2)), (('ws', 'l2', 1e-2), ('none', 'l2', 1e-2)),
+    (('ws_published', 'l2', 1e-2), ('ws', 'l2', 1e-2)),
+)
+# The curves over time, and their colours.
+_DRAWN = (
+    (('ws', 'l2', 1e-2), VERMILION), (('none', 'l2', 1e-2), ORANGE), (('ws', 'aws', 0.25), BLUE),
+    (('ws', 'l2', 1e-3), GREEN), (('ws', 'none', 0.), BLACK))
+
+
+def _cell(normalization: str, rule: str, strength: float) -> Cell:
+    """Returns the training of the first seed, with the usual decay of the other parameters."""
+    return Cell('narrow10', normalization, rule, SGD_LR, strength, other_decay=LIFETIME_OTHER_DECAY)
+
+
+def _title(cell: Cell) -> str:
+    other = '' if cell.other_decay == LIFETIME_OTHER_DECAY else f', others {cell.other_decay:g}'
+    until = '' if cell.decay_until == 1 else f', no decay after {100 * cell.decay_until:.0f} % of the steps'
+    return f'{_NORMALIZATIONS[cell.normalization]}, {setting(cell.rule, cell.strength)}{other}{until}'
+
+
+def tables(lines: Lines, preset: Preset) -> str:
+    """Writes every table.
+
+    Args:
+        lines: The finished trainings.
+        preset: Their preset.
+
+    Returns:
+        Markdown, the same for the same lines.
+    """
+    planned = cells_of('lifetime', preset, {})
+    if not lines:
+        return 'No training has been run.\n'
+    first, done = next(iter(lines.values())), [cell for cell in planned if cell in lines]
+    about = (
+        f'{len(done)} of {len(planned)} trainings are done{"" if len(done) == len(planned) else ": this is a part"}. '
+        f'{first["steps"]:,} steps of {preset.long.batch_size} images each, on {first["dataset"]}; chance is '
+        f'{100 / first["num_classes"]:.1f} %. The learning rate is divided by ten after 30, 60 and 90 %. A filter is '
+        f'dead where its std is below 1e-6. Norm weights and classifier have a weight decay of '
+        f'{LIFETIME_OTHER_DECAY:g} if the row names no other. {first["hardware"]}; {versions_of(lines)}.\n'
+    )
+    rows = list(dict.fromkeys(replace(cell, seed=0) for cell in done))
+    return '\n'.join([about, _ends(lines, rows), _deaths(lines, rows), _differences(lines), _spreads(lines, rows)])
+
+
+def _total(line: dict[str, Any], key: str) -> list[int]:
+    """Returns the sum over the layers after each epoch."""
+    return [sum(layers) for layers in line[key]]
+
+
+def _span(values: Iterable[float | None], form: str) -> str:
+    found = [value for value in values if value is not None]
+    if not found:
+        return ''
+    low, high = f'{min(found):{form}}', f'{max(found):{form}}'
+    return low if low == high else f'{low} to {high}'
+
+
+def _ends(lines: Lines, rows: list[Cell]) -> str:
+    def row(cell: Cell) -> list[str]:
+        found = seeds_of(lines, cell)
+        finite = [line for line in found if line['dead']]
+        exponent = found[0]['decay_exponent']
+        return [
+            _title(cell), '' if exponent is None else f'{exponent:.3g}',
+            _span((_total(line, 'dead')[-1] for line in finite), 'd'),
+            _span((_total(line, 'dead_norm_weights')[-1] for line in finite), 'd'),
+            _span((line['shortest'][-1] for line in finite), '.2g'), told_seeds(found), str(len(found))]
+
+    filters = sum(next(iter(lines.values()))['filters'])
+    return markdown(
+        'At the end', (
+            'rule', 'decay exponent', f'dead filters of {filters}', 'norm weights below 1e-6', 'shortest std',
+            'validation accuracy', 'seeds'),
+        map(row, rows))
+
+
+def _half_time(line: dict[str, Any], key: str) -> int | None:
+    """Returns the step by which half of what is dead at the end had died, as far as the record tells."""
+    counts = _total(line, key)
+    if not counts or not counts[-1]:
+        return None
+    step = line['steps'] // len(counts)
+    return step * (1 + next(index for index, count in enumerate(counts) if count >= counts[-1] / 2))
+
+
+def _deaths(lines: Lines, rows: list[Cell]) -> str:
+    def row(cell: Cell) -> list[str]:
+        found = [line for line in seeds_of(lines, cell) if line['dead'] and sum(line['dead'][-1])]
+        both = sum(_total(line, 'dead_both')[-1] for line in found)
+        shares = [sum(dead) / len(found) / count for dead, count in zip(
+            zip(*(line['dead'][-1] for line in found)), found[0]['filters'])]
+        most = max(range(len(shares)), key=shares.__getitem__)
+        return [
+            _title(cell), _span((_half_time(line, 'dead_norm_weights') for line in found), ',d'),
+            _span((_half_time(line, 'dead') for line in found), ',d'),
+            f'{100 * both / sum(_total(line, "dead")[-1] for line in found):.0f} %',
+            f'{found[0]["layers"][most].removesuffix(".weight")} ({100 * shares[most]:.0f} %)']
+
+    died = [cell for cell in rows if any(line['dead'] and sum(line['dead'][-1]) for line in seeds_of(lines, cell))]
+    return markdown(
+        'How filters die', (
+            'rule', 'half of the norm weights are gone by step', 'half of the filters by step',
+            'dead filters whose norm weight is gone', 'layer that loses the largest share'),
+        map(row, died)) + (
+        '\nA norm weight that weight decay has brought to 0 stops the gradient of its filter. Then nothing but the '
+        'decay acts on the filter, and a fixed decay runs to 0. AWS slows down as the filter gets shorter.\n')
+
+
+def _differences(lines: Lines) -> str:
+    def row(ours: Cell, base: Cell) -> list[str]:
+        pairs = [(final_accuracy(lines[one]), final_accuracy(lines[other])) for one, other in (
+            (replace(ours, seed=line['seed']), replace(base, seed=line['seed'])) for line in seeds_of(lines, ours))
+            if other in lines]
+        return [f'{_title(ours)} less {_title(base)}', interval([one - other for one, other in pairs]), str(len(pairs))]
+
+    return markdown(
+        'Differences in accuracy, seed by seed, with 95 % intervals', ('difference', 'points', 'seeds'),
+        [row(_cell(*ours), _cell(*base)) for ours, base in _PAIRS])
+
+
+def _spread(values: list[float | None]) -> float | None:
+    """Returns the largest over the smallest; None where a layer has no value or 0."""
+    return max(values) / min(values) if all(values) else None  # type: ignore[type-var, operator]
+
+
+def _at_full_rate(line: dict[str, Any]) -> int | None:
+    """Returns the last epoch that ended before the learning rate was divided; None where it was not reached."""
+    epoch = math.floor(0.3 * len(line['val_accuracy'])) - 1
+    return epoch if 0 <= epoch < len(line['angles']) and line['first_nonfinite_step'] is None else None
+
+
+def _spread_of(line: dict[str, Any], key: str) -> float | None:
+    epoch = _at_full_rate(line)
+    # The lengths are those at the start of an epoch.
+    return None if epoch is None else _spread(line[key][epoch + 1 if key == 'effective_lr' else epoch])
+
+
+def _spreads(lines: Lines, rows: list[Cell]) -> str:
+    def row(cell: Cell) -> list[str]:
+        found = seeds_of(lines, cell)
+        return [_title(cell), *(_span((_spread_of(line, key) for line in found), '.3g')
+                                for key in ('angles', 'effective_lr'))]
+
+    return markdown(
+        'Two effective learning rates: largest over smallest layer, before the learning rate falls',
+        ('rule', 'angle of a step', 'lr / length'), map(row, rows))
+
+
+def figures(lines: Lines, preset: Preset, folder: Path) -> list[Path]:
+    """Draws every figure, as far as the trainings are there, as PNG and SVG.
+
+    Args:
+        lines: The finished trainings.
+        preset: Their preset.
+        folder: Where to put them.
+
+    Returns:
+        The files.
+    """
+    drawn = {'dying': _dying(lines), 'strengths': _strengths(lines), 'spreads': _spread_map(lines)}
+    return [path for name, figure in drawn.items() if figure for path in save_figure(figure, folder / name)]
+
+
+def _dying(lines: Lines) -> Figure | None:
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    panels = figure.subplots(1, 2)
+    for setting_, color in _DRAWN:
+        found = [line for line in seeds_of(lines, _cell(*setting_)) if line['dead']]
+        for index, line in enumerate(found):
+            steps = [line['steps'] // len(line['dead']) * (1 + epoch) for epoch in range(len(line['dead']))]
+            label = '' if index else _title(_cell(*setting_))
+            panels[0].plot(steps, _total(line, 'dead'), color=color, label=label, linewidth=1)
+            panels[1].plot(steps, [value or math.nan for value in line['shortest']], color=color, linewidth=1)
+    if not panels[0].lines:
+        return None
+    panels[0].set(xlabel='step', ylabel='dead filters')
+    panels[1].set(xlabel='step', ylabel='shortest std of a filter', yscale='log')
+    panels[0].legend(fontsize=8)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    return figure
+
+
+def _strengths(lines: Lines) -> Figure | None:
+    """Draws accuracy and dead filters over the strength, bands from the worst to the best seed."""
+    figure = Figure(figsize=(9, 4), layout='constrained')
+    panels = figure.subplots(1, 2)
+    for rule, color, factor in (('l2', VERMILION, 1.), ('aws', BLUE, _TYPICAL_STD)):
+        cells = sorted(
+            {replace(cell, seed=0) for cell in lines
+             if replace(cell, seed=0) == _cell('ws', rule, cell.strength)}, key=lambda cell: cell.strength)
+        if len(cells) < 2:
+            return None
+        found = [seeds_of(lines, cell) for cell in cells]
+        strengths = [factor * cell.strength for cell in cells]
+        label = {'l2': 'weight decay', 'aws': 'AWS'}[rule]
+        _band(panels[0], strengths, [[final_accuracy(line) for line in seeds] for seeds in found], color, label)
+        _band(panels[1], strengths, [[100 * _dead_share(line) for line in seeds] for seeds in found], color, label)
+    without = seeds_of(lines, _cell('ws', 'none', 0.))
+    if without:
+        panels[0].axhline(
+            statistics.mean(map(final_accuracy, without)), color=BLACK, linestyle='dashed', label='no decay')
+    panels[0].set(ylabel='validation accuracy, %')
+    panels[1].set(ylabel='dead filters, %', ylim=(-2, 102))
+    for panel in panels:
+        panel.set(xscale='log', xlabel=f'weight decay, or α × {_TYPICAL_STD:g}')
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    return figure
+
+
+def _dead_share(line: dict[str, Any]) -> float:
+    """Returns the share of dead filters at the end, all where the training has failed."""
+    return 1. if has_failed(line) or not line['dead'] else _total(line, 'dead')[-1] / sum(line['filters'])
+
+
+def _band(panel: Axes, xs: list[float], values: list[list[float]], color: str, label: str) -> None:
+    panel.plot(xs, [statistics.mean(seeds) for seeds in values], color=color, label=label, marker='.')
+    panel.fill_between(xs, [min(seeds) for seeds in values], [max(seeds) for seeds in values], color=color, alpha=0.2)
+
+
+def _spread_map(lines: Lines) -> Figure | None:
+    """Draws the spread of the angles against that of lr / length, a point for each training with normalized weights."""
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    panel = figure.subplots()
+    for index, rule in enumerate(RULES):
+        pairs = [(_spread_of(line, 'effective_lr'), _spread_of(line, 'angles')) for cell, line in lines.items()
+                 if cell.rule == rule and cell.normalization != 'none']
+        points = [pair for pair in pairs if all(pair)]
+        if points:
+            color, marker = colormaps['tab20'](index % 20), 'os^vDPX'[index % 7]
+            panel.scatter(*zip(*points), color=color, marker=marker, label=RULES[rule].title)
+    if not panel.collections:
+        return None
+    panel.set(xscale='log', yscale='log', xlabel='lr / length, largest over smallest layer',
+              ylabel='angle of a step, largest over smallest layer')
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    return figure

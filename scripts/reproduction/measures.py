@@ -1,0 +1,33 @@
+"""What is measured of filters: which are dead, and by how much a step turns them."""
+import torch
+
+from timm_aws.rule import NORMALIZATIONS, filter_length
+
+__all__ = ['DEAD', 'are_dead', 'turned']
+
+DEAD = 1e-6
+
+
+def are_dead(weight: torch.Tensor) -> torch.Tensor:
+    """Tells for each filter whether its standard deviation is below 1e-6, (out_channels,)."""
+    return filter_length(weight, 'ws').flatten() < DEAD
+
+
+def turned(before: torch.Tensor, after: torch.Tensor, normalization: str) -> torch.Tensor:
+    """Measures by how much a step has turned each filter.
+
+    Args:
+        before: Weight before the step, (out_channels, ...).
+        after: Weight after the step, of the same shape.
+        normalization: 'ws', 'wn' or 'cwn'; filters are centered where their layer centers them.
+
+    Returns:
+        Angles in radians, (out_channels,); NaN for dead filters, which have no direction.
+    """
+    first, second = before.flatten(1), after.flatten(1)
+    if NORMALIZATIONS[normalization].centered:
+        first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
+    first, second = first / first.norm(dim=1, keepdim=True), second / second.norm(dim=1, keepdim=True)
+    # Not the arc cosine, which has no digits left at the angles of one step.
+    angles = 2 * torch.atan2((first - second).norm(dim=1), (first + second).norm(dim=1))
+    return angles.where(~(are_dead(before) | are_dead(after)), torch.nan)
