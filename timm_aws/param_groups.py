@@ -77,7 +77,7 @@ def normalized_weights(model: nn.Module, batch_norm: bool = False) -> dict[str, 
 
 
 def _convs_before_norm(model: nn.Module) -> set[nn.Module]:
-    """Returns the convolutions that only norms of single channels follow; with a bias, those whose norm subtracts it."""
+    """Returns the convolutions before norms of single channels; of those with a bias, if the norm subtracts it."""
     found = set()
     for pair in conv_norm_pairs(model, each_channel=True):
         conv, norm = model.get_submodule(pair.conv), model.get_submodule(pair.norm)
