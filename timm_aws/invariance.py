@@ -1,5 +1,5 @@
 """Trials of what cannot be known by its class: is the length of a parameter's filters, or of an input, irrelevant?"""
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -101,26 +101,29 @@ def uses_in_graph(module: torch.fx.GraphModule) -> Iterable[tuple[nn.Parameter, 
 
 def _leaving(
         module: torch.fx.GraphModule,
-        constant: Iterable[torch.fx.Node],
+        constant: Container[torch.fx.Node],
         changed: torch.fx.Node,
         value: torch.Tensor,
 ) -> list[torch.Tensor]:
     """Returns what the input meets of all that depends on a changed parameter."""
     values: dict[torch.fx.Node, Any] = {changed: value}
-    depend = {changed}
-    for node in constant:
-        if node.op == 'get_attr':
-            values.setdefault(node, _attribute(module, str(node.target)))
-            continue
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        if node.op == 'call_method':
-            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        if depend & set(node.all_input_nodes):
-            depend.add(node)
-    return [values[node] for node in depend
-            if isinstance(values[node], torch.Tensor) and any(user not in values for user in node.users)]
+
+    def compute(node: torch.fx.Node) -> Any:
+        if node not in values and node.op == 'get_attr':
+            values[node] = _attribute(module, str(node.target))
+        elif node not in values:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), compute)
+            if node.op == 'call_method':
+                values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return values[node]
+
+    depend = [changed]
+    for node in depend:  # which grows meanwhile
+        depend += [user for user in node.users if user in constant and user not in depend]
+    leaving = [compute(node) for node in depend if any(user not in constant for user in node.users)]
+    return [tensor for tensor in leaving if isinstance(tensor, torch.Tensor)]
 
 
 def _attribute(module: nn.Module, target: str) -> Any:

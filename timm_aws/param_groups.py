@@ -38,8 +38,8 @@ def normalized_weights(model: nn.Module, batch_norm: bool = False) -> dict[str, 
     With `batch_norm`, the weight of a plain nn.Conv2d is 'wn' too if its output goes to norms alone that take each
     channel by itself (batch and instance norm; under a group or layer norm, the lengths of filters relative to each
     other matter). The training loss is then the same for each filter times any positive number. Norms that are frozen
-    or stay in eval mode do not count. A bias of the convolution does no harm right before a batch or instance norm,
-    which subtracts the mean; elsewhere the convolution is not counted. Linear layers never are.
+    or stay in eval mode do not count. A convolution with a bias counts only right before a batch or instance norm,
+    which subtracts the mean. Linear layers do not count.
 
     The norm's eps limits how short a filter W may get. With s the standard deviation of the input in the direction of
     W, that of its output is s * ||W||, and the norm returns 1 / sqrt(1 + eps / (s * ||W||)^2) of what it would with
@@ -77,7 +77,7 @@ def normalized_weights(model: nn.Module, batch_norm: bool = False) -> dict[str, 
 
 
 def _convs_before_norm(model: nn.Module) -> set[nn.Module]:
-    """Returns the convolutions of which norms take each channel by itself, and a bias off."""
+    """Returns the convolutions before norms of single channels; of those with a bias, if the norm subtracts it."""
     found = set()
     for pair in conv_norm_pairs(model, each_channel=True):
         conv, norm = model.get_submodule(pair.conv), model.get_submodule(pair.norm)
