@@ -21,15 +21,8 @@ from typing import Any, NamedTuple
 import torch
 
 __all__ = [
-    'DEFAULT_ALPHA',
-    'NORMALIZATIONS',
-    'Normalization',
-    'add_shrink',
-    'filter_length',
-    'get_normalization',
-    'is_on_cpu',
-    'shrink_factor',
-    'shrink_multiplier',
+    'DEFAULT_ALPHA', 'NORMALIZATIONS', 'Normalization', 'add_shrink', 'filter_length', 'get_normalization', 'is_on_cpu',
+    'shrink_factor', 'shrink_multiplier',
 ]
 
 DEFAULT_ALPHA = 2.5e-3  # gamma is about 1e-4, the paper's best weight decay, at the std of 0.04 of He initialization
