@@ -1,135 +1,118 @@
-"""What converting a trained plain ResNet-50 costs, and what recalibration and a short fine-tuning give back.
+"""What converting a trained plain network costs, and what recalibration and a short fine-tuning give back.
 
     python scripts/recalibration.py --data-dir DATA
 
-DATA holds Tiny-ImageNet-200 in the folders train and validation, see prepare_tiny_imagenet.py. The bundled checkpoint
-of ws_resnet50 is turned into a plain ResNet-50 with the same outputs. Its filters have mean 0, which conversion would
-not change. So each gets a random mean, with a standard deviation of 5 % of its own, and the network is recalibrated and
-trained for 16 steps as a plain one. It is then converted to 'wn' and to 'ws', and validated after the conversion, after
-`timm_aws.recalibrate`, and after 8 steps with AWS; for comparison, the plain network is trained for 8 steps more.
+DATA is the folder that prepare_tiny_imagenet.py made. Trains the ResNet of reproduce.py, without normalized weights, on
+its twenty classes at 32 px: 390 steps of SGD with weight decay. Then converts it to 'wn', 'cwn' and 'ws', and validates
+each after the conversion, after `timm_aws.recalibrate` with 10 batches, and after 78 steps (an epoch) with AWS. For
+comparison, the plain network is trained for 78 steps more. A checkpoint of a standardized network would not show this:
+turned into a plain one, its filters have mean 0, and conversion changes nothing.
 
-Writes scripts/results/recalibration.json. Takes about 6 minutes on one CPU thread.
+Writes one line of JSON for each seed to scripts/results/recalibration.jsonl, and runs what is not in the file yet. A
+seed takes about two minutes on one CPU thread.
 """
 import argparse
 import copy
 import json
 import warnings
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
-from outputs import RESULTS, write
+from outputs import RESULTS
 from provenance import hardware, versions
-from timm.data import create_dataset, create_transform, resolve_data_config
+from reproduction.grid import NETWORKS
+from reproduction.images import Images, augment, load, normalize
+from timm.models.resnet import ResNet
 from timm.optim import create_optimizer_v2
-from torch.utils.data import DataLoader, Subset
 
 import timm_aws
 from timm_aws.data_flow import conv_norm_pairs
 from timm_aws.norm_statistics import rescaled_statistics
 from timm_aws.rule import filter_length
 
-SEED = 0
-BATCH_SIZE = 64
-VALIDATION_IMAGES = 400
-PLAIN_STEPS, TUNING_STEPS, CALIBRATION_BATCHES = 16, 8, 6
-LR, WEIGHT_DECAY = 0.01, 1e-4
-RELATIVE_MEAN = 0.05
+SEEDS = (0, 1, 2)
+BATCH_SIZE, WEIGHT_DECAY = 128, 1e-2
+STEPS, LR = 390, 0.1
+TUNING_STEPS, TUNING_LR, CALIBRATION_BATCHES = 78, 0.01, 10
 
 
-@torch.no_grad()
-def plain_resnet50(ours: torch.nn.Module) -> torch.nn.Module:
-    """Returns a plain ResNet-50 with the outputs of a weight-standardized one, and with the lengths of its filters."""
-    plain = timm.create_model('resnet50', num_classes=ours.num_classes)
-    plain.load_state_dict(ours.state_dict())
-    for pair in conv_norm_pairs(plain):
-        conv, norm = plain.get_submodule(pair.conv), plain.get_submodule(pair.norm)
-        length = filter_length(conv.weight, 'ws')
-        conv.weight.sub_(conv.weight.mean((1, 2, 3), keepdim=True))
-        values = rescaled_statistics(norm.running_mean, norm.running_var, norm.weight, norm.eps, 1 / length.flatten())
-        for tensor, value in zip((norm.running_mean, norm.running_var, norm.weight), values):
-            tensor.copy_(value)
-    return plain
+def batches(images: Images, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields batches of cropped and flipped images, (128, 3, 32, 32), with their labels, without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for batch in torch.randperm(len(images.train), generator=generator).split(BATCH_SIZE)[:-1]:
+            yield normalize(augment(images.train[batch], generator)), images.train_labels[batch]
 
 
-@torch.no_grad()
-def add_means(model: torch.nn.Module) -> None:
-    """Adds a random constant to each filter that a norm follows."""
-    for pair in conv_norm_pairs(model):
-        weight = model.get_submodule(pair.conv).weight
-        length = filter_length(weight, 'ws')
-        weight.add_(length * torch.randn_like(length), alpha=RELATIVE_MEAN)
-
-
-def train(model: torch.nn.Module, opt: str, steps: int, batches: Iterator, **options) -> None:
+def train(model: torch.nn.Module, opt: str, lr: float, steps: int, images: Images, seed: int, **options) -> None:
     """Trains a model for a number of steps, with a learning rate that falls to 0 along a cosine."""
-    optimizer = create_optimizer_v2(model, opt, lr=LR, weight_decay=WEIGHT_DECAY, momentum=0.9, **options)
+    optimizer = create_optimizer_v2(model, opt, lr=lr, weight_decay=WEIGHT_DECAY, momentum=0.9, **options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
-    for _ in range(steps):
-        images, labels = next(batches)
+    for inputs, labels in islice(batches(images, seed), steps):
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
         schedule.step()
 
 
 @torch.inference_mode()
-def accuracy(model: torch.nn.Module, loader: DataLoader) -> float:
+def accuracy(model: torch.nn.Module, images: Images) -> float:
     """Returns the top-1 accuracy in percent."""
     model.eval()
-    right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in loader)
-    return round(100 * right / len(loader.dataset), 2)
+    hits = sum((model(normalize(batch)).argmax(1) == labels).sum().item()
+               for batch, labels in zip(images.val.split(500), images.val_labels.split(500)))
+    return round(100 * hits / len(images.val), 2)
+
+
+def relative_mean(model: torch.nn.Module) -> float:
+    """Returns the median of |mean| / std over the filters that a norm follows."""
+    weights = [model.get_submodule(pair.conv).weight.detach() for pair in conv_norm_pairs(model)]
+    ratios = [weight.mean((1, 2, 3)).abs() / filter_length(weight, 'ws').flatten() for weight in weights]
+    return round(torch.cat(ratios).median().item(), 4)
+
+
+def run(images: Images, seed: int) -> dict:
+    """Trains, converts, recalibrates and fine-tunes; returns the accuracies."""
+    torch.manual_seed(seed)
+    plain = ResNet(**NETWORKS['resnet10'], num_classes=images.num_classes)
+    train(plain, 'momentum', LR, STEPS, images, seed)
+    result: dict = {'seed': seed, 'relative_mean': relative_mean(plain), 'plain': accuracy(plain, images)}
+    for normalization in ('wn', 'cwn', 'ws'):
+        model = copy.deepcopy(plain)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # that the outputs change
+            timm_aws.convert(model, normalization)
+        stages = {'converted': accuracy(model, images)}
+        timm_aws.recalibrate(model, batches(images, seed + 100), CALIBRATION_BATCHES)
+        stages['recalibrated'] = accuracy(model, images)
+        alpha = timm_aws.alpha_like_decay(model, WEIGHT_DECAY)
+        train(model, 'aws_sgd', TUNING_LR, TUNING_STEPS, images, seed + 200, alpha=alpha)
+        result[normalization] = {**stages, 'tuned': accuracy(model, images)}
+    train(plain, 'momentum', TUNING_LR, TUNING_STEPS, images, seed + 200)
+    return {**result, 'plain_tuned': accuracy(plain, images)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--data-dir', required=True, help='folder of Tiny-ImageNet-200, with train and validation')
-    data_dir = parser.parse_args().data_dir
-    torch.manual_seed(SEED)
-    ours = timm.create_model('ws_resnet50_aws', pretrained=True)
-    config = resolve_data_config({}, model=ours)
-    train_set, validation_set = (
-        create_dataset('', root=data_dir, split=split, transform=create_transform(**config))
-        for split in ('train', 'validation'))
-    chosen = torch.randperm(len(validation_set))[:VALIDATION_IMAGES].tolist()
-    validation = DataLoader(Subset(validation_set, chosen), BATCH_SIZE)
-
-    def batches() -> DataLoader:
-        """The same batches for every network."""
-        return DataLoader(train_set, BATCH_SIZE, shuffle=True, generator=torch.Generator().manual_seed(SEED))
-
-    plain = plain_resnet50(ours).eval()
-    images, _ = next(iter(validation))
-    torch.testing.assert_close(plain(images), ours.eval()(images), rtol=1e-3, atol=1e-3)
-    add_means(plain)
-    timm_aws.recalibrate(plain, batches(), CALIBRATION_BATCHES)
-    train(plain, 'momentum', PLAIN_STEPS, iter(batches()))
-    result = {'plain': accuracy(plain, validation)}
-    print(result, flush=True)
-    for normalization in ('wn', 'ws'):
-        model = copy.deepcopy(plain)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter('always')
-            timm_aws.convert(model, normalization)
-        stages = {'warning': str(caught[0].message) if caught else None, 'converted': accuracy(model, validation)}
-        timm_aws.recalibrate(model, batches(), CALIBRATION_BATCHES)
-        stages['recalibrated'] = accuracy(model, validation)
-        alpha = timm_aws.alpha_like_decay(model, WEIGHT_DECAY)
-        train(model, 'aws_sgd', TUNING_STEPS, iter(batches()), alpha=alpha)
-        stages['fine-tuned'] = accuracy(model, validation)
-        result[normalization] = stages
-        print(normalization, stages, flush=True)
-    train(plain, 'momentum', TUNING_STEPS, iter(batches()))
-    result['plain, trained on'] = accuracy(plain, validation)
-    write(RESULTS / 'recalibration.json', json.dumps({
-        'command': 'python scripts/recalibration.py --data-dir DATA', 'seed': SEED,
-        'dataset': f'Tiny-ImageNet-200 at 64 px, {VALIDATION_IMAGES} of its validation images',
-        'batch_size': BATCH_SIZE, 'lr': LR, 'weight_decay': WEIGHT_DECAY, 'plain_steps': PLAIN_STEPS,
-        'tuning_steps': TUNING_STEPS, 'calibration_images': BATCH_SIZE * CALIBRATION_BATCHES,
-        'relative_mean': RELATIVE_MEAN, 'top1': result, 'versions': versions(), 'hardware': hardware('cpu'),
-    }, indent=2) + '\n')
+    parser.add_argument('--data-dir', type=Path, required=True, help='folder of Tiny-ImageNet-200')
+    images = load(parser.parse_args().data_dir, every=10, size=32)
+    path = RESULTS / 'recalibration.jsonl'
+    done = [json.loads(line)['seed'] for line in path.read_text().splitlines()] if path.exists() else []
+    for seed in SEEDS:
+        if seed not in done:
+            line = {
+                'command': 'python scripts/recalibration.py --data-dir DATA', 'network': 'resnet10 of reproduce.py',
+                'dataset': f'{images.name}, {len(images.train)} images, {len(images.val)} to validate on',
+                'steps': STEPS, 'lr': LR, 'weight_decay': WEIGHT_DECAY, 'batch_size': BATCH_SIZE, 'momentum': 0.9,
+                'tuning_steps': TUNING_STEPS, 'tuning_lr': TUNING_LR, 'calibration_batches': CALIBRATION_BATCHES,
+                'versions': versions(), 'hardware': hardware('cpu'), **run(images, seed),
+            }
+            with path.open('a') as file:
+                file.write(json.dumps(line) + '\n')
 
 
 if __name__ == '__main__':

@@ -139,6 +139,19 @@ def test_trained_wide_layer_is_invariant_where_timm_is_not():
 
 
 @pytest.mark.parametrize('cls', LAYERS)
+@pytest.mark.parametrize('bias', [False, True])
+def test_torchs_fusion_with_a_batch_norm_gives_a_plain_convolution_with_the_same_output(cls, bias):
+    conv, x = _conv(cls, bias=bias).eval(), _input()
+    norm = nn.BatchNorm2d(8).double().eval()
+    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        nn.init.uniform_(tensor, 0.5, 1.5)
+    fused = nn.utils.fuse_conv_bn_eval(conv, norm)
+    assert type(fused) is nn.Conv2d
+    assert _relative_error(fused(x), norm(conv(x)).detach()) < 1e-12
+    assert type(conv) is type(copy.deepcopy(conv)) is type(pickle.loads(pickle.dumps(conv))) is cls
+
+
+@pytest.mark.parametrize('cls', LAYERS)
 @pytest.mark.parametrize('value', [0., 0.05, -3.])
 def test_constant_filters_give_finite_outputs_and_gradients(cls, value):
     conv = cls(4, 8, 3)
@@ -204,16 +217,3 @@ def test_a_trace_has_operators_that_core_ml_and_openvino_know(cls, format):
     operators = {node.kind().removeprefix('aten::') for node in graph.nodes() if node.kind().startswith('aten::')}
     assert operators <= {
         'Int', '_convolution', 'flatten', 'layer_norm', 'mul', 'permute', 'pow', 'rms_norm', 'size', 'view'}
-
-
-@pytest.mark.parametrize('cls', LAYERS)
-@pytest.mark.parametrize('bias', [False, True])
-def test_torchs_fusion_with_a_batch_norm_gives_a_plain_convolution_with_the_same_output(cls, bias):
-    conv, x = _conv(cls, bias=bias).eval(), _input()
-    norm = nn.BatchNorm2d(8).double().eval()
-    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
-        nn.init.uniform_(tensor, 0.5, 1.5)
-    fused = nn.utils.fuse_conv_bn_eval(conv, norm)
-    assert type(fused) is nn.Conv2d
-    assert _relative_error(fused(x), norm(conv(x)).detach()) < 1e-12
-    assert type(conv) is type(copy.deepcopy(conv)) is type(pickle.loads(pickle.dumps(conv))) is cls
