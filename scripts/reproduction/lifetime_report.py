@@ -144,7 +144,7 @@ def _differences(lines: Lines) -> str:
 
     return markdown(
         'Differences in accuracy, seed by seed, with 95 % intervals', ('difference', 'points', 'seeds'),
-        [row(_cell(*ours), _cell(*base)) for ours, base in _PAIRS])
+        [row(_cell(*ours), _cell(*base)) for ours, base in _PAIRS if _cell(*ours) in lines and _cell(*base) in lines])
 
 
 def _spread_of(line: dict[str, Any], key: str) -> float | None:
@@ -164,7 +164,8 @@ def _spreads(lines: Lines, rows: list[Cell]) -> str:
 
     return markdown(
         'Two effective learning rates, before the learning rate falls: largest over smallest layer',
-        ('rule', 'angle of a step, filters with a gradient', 'lr / length, the same filters'), map(row, rows))
+        ('rule', 'angle of a step, filters with a gradient', 'lr / length, the same filters'),
+        map(row, (cell for cell in rows if any('still' in line for line in seeds_of(lines, cell)))))
 
 
 def figures(lines: Lines, preset: Preset, folder: Path) -> list[Path]:
@@ -191,10 +192,12 @@ def _dying(lines: Lines) -> Figure | None:
             steps = [line['steps'] // len(line['dead']) * (1 + epoch) for epoch in range(len(line['dead']))]
             label = '' if index else _title(_cell(*setting_))
             panels[0].plot(steps, _total(line, 'dead'), color=color, label=label, linewidth=1)
+            if 'still' in line:
+                panels[0].plot(steps, _total(line, 'still'), color=color, linestyle='dotted', linewidth=1)
             panels[1].plot(steps, [value or math.nan for value in line['shortest']], color=color, linewidth=1)
     if not panels[0].lines:
         return None
-    panels[0].set(xlabel='step', ylabel='dead filters')
+    panels[0].set(xlabel='step', ylabel='dead filters; dotted: without gradient')
     panels[1].set(xlabel='step', ylabel='shortest std of a filter', yscale='log')
     panels[0].legend(fontsize=8)
     for panel in panels:
