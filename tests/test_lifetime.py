@@ -17,11 +17,12 @@ LR, STEPS = 0.1, 300
 DECAY, ALPHA = 0.5, 5.  # of equal strength at a std of 0.1
 
 
-def two_layers(norm_weight, layer=WSConv2d):
+def two_layers(norm_weight, bias, layer=WSConv2d):
+    """The first of four filters is behind a batch norm of this weight and bias, and a ReLU."""
     torch.manual_seed(0)
     model = nn.Sequential(layer(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
     with torch.no_grad():
-        model[1].weight[0] = norm_weight
+        model[1].weight[0], model[1].bias[0] = norm_weight, bias
     return model
 
 
@@ -29,12 +30,12 @@ def gradients(model):
     images = torch.randn(16, 3, 6, 6)
     model.zero_grad()
     F.cross_entropy(model(images), (images.mean((1, 2, 3)) > 0).long()).backward()
-    return model[0].weight.grad, model[1].weight.grad
+    return model[0].weight.grad, model[1].weight.grad, model[1].bias.grad
 
 
 def lengths_after_training(optimizer_of):
-    """Trains the filters alone, the first behind a norm weight of 0; returns their lengths before and after."""
-    model = two_layers(0.)
+    """Trains the filters alone, the first behind a closed ReLU; returns their lengths before and after."""
+    model = two_layers(0.05, -0.5)
     optimizer, start = optimizer_of(model[0].weight), filter_length(model[0].weight.detach(), 'ws').flatten()
     for _ in range(STEPS):
         gradients(model)
@@ -42,7 +43,7 @@ def lengths_after_training(optimizer_of):
     return start, filter_length(model[0].weight.detach(), 'ws').flatten()
 
 
-def test_fixed_decay_kills_a_filter_whose_norm_weight_is_0():
+def test_fixed_decay_kills_a_filter_whose_relu_is_closed():
     start, end = lengths_after_training(lambda weight: torch.optim.SGD([weight], LR, weight_decay=DECAY))
     torch.testing.assert_close(end[0], start[0] * (1 - LR * DECAY) ** STEPS, rtol=1e-3, atol=0)
     assert end[0] < 1e-6
@@ -57,22 +58,25 @@ def test_aws_slows_down_as_such_a_filter_gets_shorter():
     assert end[0] > 1e-3
 
 
+def test_a_norm_weight_that_is_small_beside_a_negative_bias_closes_the_relu():
+    for norm_weight, is_closed in ((1., False), (0.05, True)):
+        of_filters, of_norm_weights, of_biases = gradients(two_layers(norm_weight, -0.5))
+        assert (not of_filters[0].any()) is is_closed
+        assert (of_norm_weights[0] == 0).item() is is_closed, 'nothing but decay acts on it: it stays closed'
+        assert (of_biases[0] == 0).item() is is_closed
+
+
 @pytest.mark.parametrize('layer', [WSConv2d, PublishedWSConv2d])
 def test_a_filter_and_its_norm_weight_at_0_never_come_back_and_a_short_filter_can(layer):
-    model = two_layers(0., layer)
-    with torch.no_grad():
-        model[1].bias[0] = 0.5
-    assert not gradients(model)[0][0].any(), 'the norm weight is 0'
+    model = two_layers(0., 0.5, layer)
     with torch.no_grad():
         model[0].weight[0] *= 1e-5
-    assert gradients(model)[1][0] != 0
+    of_filters, of_norm_weights, _ = gradients(model)
+    assert not of_filters[0].any()
+    assert of_norm_weights[0] != 0
     with torch.no_grad():
-        model[1].bias[0] = -0.5
-    assert gradients(model)[1][0] == 0, 'behind the ReLU nothing is left of it'
-    with torch.no_grad():
-        model[1].bias[0] = 0.5
         model[0].weight[0] = 0.
-    of_filters, of_norm_weights = gradients(model)
+    of_filters, of_norm_weights, _ = gradients(model)
     assert not of_filters[0].any()
     assert of_norm_weights[0] == 0
 
@@ -98,7 +102,7 @@ def test_training_records_every_filter_and_its_decay_can_end():
         train_cell(Cell('narrow10', 'ws_published', 'sgdw', 0.01, 1., decay_until=until), task, patterns(16))
         for until in (1., 0.5))
     assert sum(decayed['filters']) == 592
-    for key in ('lengths', 'effective_lr', 'angles', 'dead', 'dead_norm_weights', 'dead_both'):
+    for key in ('lengths', 'effective_lr', 'angles', 'moving_lr', 'dead', 'still', 'dead_and_still'):
         assert [len(layers) for layers in decayed[key]] == [13, 13], key
     assert all(0 < angle < 2 for angle in decayed['angles'][-1])
     assert freed['lengths'] == decayed['lengths'], 'both are from before the last epoch'

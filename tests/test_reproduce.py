@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from reproduce import cell_of, pending, read_lines
-from reproduction import report
+from reproduction import lifetime_report, report
 from reproduction.grid import EXPERIMENTS, PRESETS, SUITES, Cell, cells_of
 from reproduction.images import augment, patterns
 from reproduction.rules import RULES, make_optimizer
@@ -189,10 +189,22 @@ def test_seeds_of_one_setting_are_told_as_mean_and_deviation_and_a_failed_one_is
     assert report.told_seeds(report.seeds_of(other, cell)) == 'not run'
 
 
-def test_committed_tables_are_those_of_the_committed_lines_and_nothing_is_left_to_train():
-    lines = read_lines(SCRIPTS / 'results' / 'reproduce_cpu.jsonl')
-    assert report.tables(lines, PRESETS['cpu']) == (SCRIPTS / 'results' / 'reproduce_cpu.md').read_text()
-    assert not pending(SUITES['reproduce'], PRESETS['cpu'], lines)
+@pytest.mark.parametrize(('suite', 'reporter'), [('reproduce', report), ('lifetime', lifetime_report)])
+def test_committed_tables_are_those_of_the_committed_lines(suite, reporter):
+    lines = read_lines(SCRIPTS / 'results' / f'{suite}_cpu.jsonl')
+    assert reporter.tables(lines, PRESETS['cpu']) == (SCRIPTS / 'results' / f'{suite}_cpu.md').read_text()
+
+
+def test_nothing_is_left_to_train_of_the_tables_of_the_paper():
+    assert not pending(SUITES['reproduce'], PRESETS['cpu'], read_lines(SCRIPTS / 'results' / 'reproduce_cpu.jsonl'))
+
+
+def test_report_says_that_it_is_of_a_part():
+    cells = cells_of('lifetime', PRESETS['smoke'], {})
+    lines = {cells[0]: train_cell(cells[0], PRESETS['smoke'].long, patterns(16)) | {
+        'dataset': 'patterns', 'num_classes': 4, 'hardware': 'a CPU', 'versions': {}}}
+    assert lifetime_report.tables(lines, PRESETS['smoke']).startswith(f'1 of {len(cells)} trainings are done: this is')
+    assert lifetime_report.tables({}, PRESETS['smoke']) == 'No training has been run.\n'
 
 
 def test_difference_is_told_with_its_interval():

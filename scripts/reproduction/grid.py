@@ -154,8 +154,8 @@ def _long(normalization: str, rule: str, *strengths: float, lr: float = SGD_LR, 
 # norm of 1 with alpha 1e-2. In the order of their use, as a part is worth something too; each with every seed.
 LIFETIME = (
     # What kills filters and what does not.
-    [*_long('ws', 'l2', 1e-2), *_long('ws_published', 'l2', 1e-2), *_long('none', 'l2', 1e-2),
-     *_long('ws', 'aws', 0.25), *_long('ws', 'l2', 1e-3), *_long('ws', 'aws', 0.025), *_long('ws', 'none', 0.)],
+    [*_long('ws', 'l2', 1e-2), *_long('ws', 'aws', 0.25), *_long('none', 'l2', 1e-2), *_long('ws', 'l2', 1e-3),
+     *_long('ws_published', 'l2', 1e-2), *_long('ws', 'aws', 0.025), *_long('ws', 'none', 0.)],
     # Strengths over five decades.
     [*_long('ws', 'l2', 1e-1, 1e-4, 1e-5), *_long('ws', 'aws', 2.5, 2.5e-3, 2.5e-4),
      *_long('ws_published', 'l2', 1e-1)],

@@ -91,14 +91,12 @@ def _ends(lines: Lines, rows: list[Cell]) -> str:
         return [
             _title(cell), '' if exponent is None else f'{exponent:.3g}',
             _span((_total(line, 'dead')[-1] for line in finite), 'd'),
-            _span((_total(line, 'dead_norm_weights')[-1] for line in finite), 'd'),
             _span((line['shortest'][-1] for line in finite), '.2g'), told_seeds(found), str(len(found))]
 
     filters = sum(next(iter(lines.values()))['filters'])
     return markdown(
         'At the end', (
-            'rule', 'decay exponent', f'dead filters of {filters}', 'norm weights below 1e-6', 'shortest std',
-            'validation accuracy', 'seeds'),
+            'rule', 'decay exponent', f'dead filters of {filters}', 'shortest std', 'validation accuracy', 'seeds'),
         map(row, rows))
 
 
@@ -113,25 +111,28 @@ def _half_time(line: dict[str, Any], key: str) -> int | None:
 
 def _deaths(lines: Lines, rows: list[Cell]) -> str:
     def row(cell: Cell) -> list[str]:
-        found = [line for line in seeds_of(lines, cell) if line['dead'] and sum(line['dead'][-1])]
-        both = sum(_total(line, 'dead_both')[-1] for line in found)
+        found = [line for line in seeds_of(lines, cell) if line['dead']]
+        told = [line for line in found if 'still' in line]  # lines of the first version do not say so
         shares = [sum(dead) / len(found) / count for dead, count in zip(
             zip(*(line['dead'][-1] for line in found)), found[0]['filters'])]
         most = max(range(len(shares)), key=shares.__getitem__)
+        layer = found[0]['layers'][most].removesuffix('.weight')
         return [
-            _title(cell), _span((_half_time(line, 'dead_norm_weights') for line in found), ',d'),
+            _title(cell), _span((_total(line, 'still')[-1] for line in told), 'd'),
+            _span((_half_time(line, 'still') for line in told), ',d'),
+            _span((_total(line, 'dead')[-1] for line in found), 'd'),
             _span((_half_time(line, 'dead') for line in found), ',d'),
-            f'{100 * both / sum(_total(line, "dead")[-1] for line in found):.0f} %',
-            f'{found[0]["layers"][most].removesuffix(".weight")} ({100 * shares[most]:.0f} %)']
+            _span((_total(line, 'dead_and_still')[-1] for line in told), 'd'),
+            _span((_total(line, 'dead_norm_weights')[-1] for line in found), 'd'),
+            f'{layer} ({100 * shares[most]:.0f} %)' if any(shares) else '']
 
-    died = [cell for cell in rows if any(line['dead'] and sum(line['dead'][-1]) for line in seeds_of(lines, cell))]
     return markdown(
         'How filters die', (
-            'rule', 'half of the norm weights are gone by step', 'half of the filters by step',
-            'dead filters whose norm weight is gone', 'layer that loses the largest share'),
-        map(row, died)) + (
-        '\nA norm weight that weight decay has brought to 0 stops the gradient of its filter. Then nothing but the '
-        'decay acts on the filter, and a fixed decay runs to 0. AWS slows down as the filter gets shorter.\n')
+            'rule', 'without gradient', 'half of these by step', 'dead', 'half of these by step',
+            'dead and without gradient', 'norm weights below 1e-6', 'layer with the largest share of dead filters'),
+        map(row, (cell for cell in rows if any(line['dead'] for line in seeds_of(lines, cell))))) + (
+        '\n"Without gradient": the gradient was exactly 0 in the last 20 steps of an epoch, as where the ReLU behind '
+        'the filter is closed for every image. Then nothing but the decay acts on the filter.\n')
 
 
 def _differences(lines: Lines) -> str:
@@ -143,35 +144,28 @@ def _differences(lines: Lines) -> str:
 
     return markdown(
         'Differences in accuracy, seed by seed, with 95 % intervals', ('difference', 'points', 'seeds'),
-        [row(_cell(*ours), _cell(*base)) for ours, base in _PAIRS])
-
-
-def _spread(values: list[float | None]) -> float | None:
-    """Returns the largest over the smallest; None where a layer has no value or 0."""
-    return max(values) / min(values) if all(values) else None  # type: ignore[type-var, operator]
-
-
-def _at_full_rate(line: dict[str, Any]) -> int | None:
-    """Returns the last epoch that ended before the learning rate was divided; None where it was not reached."""
-    epoch = math.floor(0.3 * len(line['val_accuracy'])) - 1
-    return epoch if 0 <= epoch < len(line['angles']) and line['first_nonfinite_step'] is None else None
+        [row(_cell(*ours), _cell(*base)) for ours, base in _PAIRS if _cell(*ours) in lines and _cell(*base) in lines])
 
 
 def _spread_of(line: dict[str, Any], key: str) -> float | None:
-    epoch = _at_full_rate(line)
-    # The lengths are those at the start of an epoch.
-    return None if epoch is None else _spread(line[key][epoch + 1 if key == 'effective_lr' else epoch])
+    """Returns the largest over the smallest layer in the last epoch before the learning rate falls, if known."""
+    epoch = math.floor(0.3 * len(line['val_accuracy'])) - 1
+    if line['first_nonfinite_step'] is not None or epoch < 0 or 'still' not in line:
+        return None
+    values = [value for value in line[key][epoch] if value]  # a layer without a moving filter has none
+    return max(values) / min(values) if values else None
 
 
 def _spreads(lines: Lines, rows: list[Cell]) -> str:
     def row(cell: Cell) -> list[str]:
         found = seeds_of(lines, cell)
         return [_title(cell), *(_span((_spread_of(line, key) for line in found), '.3g')
-                                for key in ('angles', 'effective_lr'))]
+                                for key in ('angles', 'moving_lr'))]
 
     return markdown(
-        'Two effective learning rates: largest over smallest layer, before the learning rate falls',
-        ('rule', 'angle of a step', 'lr / length'), map(row, rows))
+        'Two effective learning rates, before the learning rate falls: largest over smallest layer',
+        ('rule', 'angle of a step, filters with a gradient', 'lr / length, the same filters'),
+        map(row, (cell for cell in rows if any('still' in line for line in seeds_of(lines, cell)))))
 
 
 def figures(lines: Lines, preset: Preset, folder: Path) -> list[Path]:
@@ -198,10 +192,12 @@ def _dying(lines: Lines) -> Figure | None:
             steps = [line['steps'] // len(line['dead']) * (1 + epoch) for epoch in range(len(line['dead']))]
             label = '' if index else _title(_cell(*setting_))
             panels[0].plot(steps, _total(line, 'dead'), color=color, label=label, linewidth=1)
+            if 'still' in line:
+                panels[0].plot(steps, _total(line, 'still'), color=color, linestyle='dotted', linewidth=1)
             panels[1].plot(steps, [value or math.nan for value in line['shortest']], color=color, linewidth=1)
     if not panels[0].lines:
         return None
-    panels[0].set(xlabel='step', ylabel='dead filters')
+    panels[0].set(xlabel='step', ylabel='dead filters; dotted: without gradient')
     panels[1].set(xlabel='step', ylabel='shortest std of a filter', yscale='log')
     panels[0].legend(fontsize=8)
     for panel in panels:
@@ -252,7 +248,7 @@ def _spread_map(lines: Lines) -> Figure | None:
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     panel = figure.subplots()
     for index, rule in enumerate(RULES):
-        pairs = [(_spread_of(line, 'effective_lr'), _spread_of(line, 'angles')) for cell, line in lines.items()
+        pairs = [(_spread_of(line, 'moving_lr'), _spread_of(line, 'angles')) for cell, line in lines.items()
                  if cell.rule == rule and cell.normalization != 'none']
         points = [pair for pair in pairs if all(pair)]
         if points:

@@ -24,7 +24,7 @@ __all__ = ['train_cell']
 
 # Under batch norm alone it is the norm of a filter that changes nothing but the effective learning rate.
 _LENGTH_OF = {'none': 'wn', 'ws_published': 'ws'}
-_ANGLE_STEPS = 5  # at the end of an epoch
+_LAST_STEPS = 20  # of an epoch, in which gradients and angles are looked at
 
 
 def train_cell(cell: Cell, task: Task, images: Images) -> dict[str, Any]:
@@ -37,8 +37,9 @@ def train_cell(cell: Cell, task: Task, images: Images) -> dict[str, Any]:
 
     Returns:
         The cell's settings and what came of it, ready for JSON: accuracies in percent after each epoch; by epoch and
-        layer the medians of filter lengths and effective learning rates before it, and after it the angles of its last
-        steps and the numbers of dead filters, of norm weights below 1e-6, and of filters where both is so; the
+        layer the medians of filter lengths and effective learning rates before it, and after it the numbers of filters
+        that are dead, that had no gradient in its last steps, of both kinds at once, and of norm weights below 1e-6;
+        for the filters that had a gradient then, the angles of these steps and the effective learning rates; the
         shortest std of a filter after each epoch; and the first step with a loss or weight that is not finite, where
         the training ends.
     """
@@ -53,8 +54,9 @@ def train_cell(cell: Cell, task: Task, images: Images) -> dict[str, Any]:
     record: dict[str, Any] = {
         **cell.settings(), 'title': RULES[cell.rule].title,
         'decay_exponent': _decay_exponent(cell, task.epochs * steps, milestones),
-        'train_accuracy': [], 'val_accuracy': [], 'lengths': [], 'effective_lr': [], 'angles': [], 'dead': [],
-        'dead_norm_weights': [], 'dead_both': [], 'shortest': [], 'first_nonfinite_step': None,
+        'train_accuracy': [], 'val_accuracy': [], 'lengths': [], 'effective_lr': [], 'angles': [], 'moving_lr': [],
+        'dead': [], 'still': [], 'dead_and_still': [], 'dead_norm_weights': [], 'shortest': [],
+        'first_nonfinite_step': None,
     }
     start = time.perf_counter()
     for epoch in range(task.epochs):
@@ -62,15 +64,14 @@ def train_cell(cell: Cell, task: Task, images: Images) -> dict[str, Any]:
             for group in optimizer.param_groups:
                 group.update(weight_decay=0., alpha=0.)
         _record_lengths(record, optimizer)
-        angles = _Angles(weights_of(model).values(), normalization)
-        done, correct = _train_epoch(model, optimizer, schedule, images, task.batch_size, steps, generator, angles)
+        last = _LastSteps(weights_of(model).values(), normalization)
+        done, correct = _train_epoch(model, optimizer, schedule, images, task.batch_size, steps, generator, last)
         record['train_accuracy'].append(_percent(correct, steps * task.batch_size))
         if done < steps or not all(param.isfinite().all() for param in model.parameters()):
             record['first_nonfinite_step'] = epoch * steps + done
             break
         record['val_accuracy'].append(_validate(model, images))
-        record['angles'].append(angles.by_layer())
-        _record_dead(record, model)
+        _record_filters(record, model, last, optimizer.param_groups[0]['lr'])
     weights = weights_of(model)
     return {**record, 'layers': list(weights), 'filters': [len(weight) for weight in weights.values()],
             'steps': task.epochs * steps, 'seconds': round(time.perf_counter() - start, 1)}
@@ -90,26 +91,42 @@ def _build(cell: Cell, num_classes: int) -> ResNet:
     return model
 
 
-class _Angles:
-    """Measures by how much the last steps of an epoch turn each filter."""
+class _LastSteps:
+    """Looks at the last steps of an epoch: which filters get a gradient, and by how much each step turns them."""
 
     def __init__(self, weights: Iterable[torch.Tensor], normalization: str) -> None:
-        self._weights = list(weights)
-        self._normalization = normalization
+        self._weights, self._normalization = list(weights), normalization
         self._before: list[torch.Tensor] = []
-        self._squares = [0. * weight.detach().flatten(1)[:, 0] for weight in self._weights]
+        self._squares = [torch.zeros(len(weight), device=weight.device) for weight in self._weights]
+        self._count = 0
+        self.are_still = [square == 0 for square in self._squares]
 
+    @torch.no_grad()
     def begin(self) -> None:
         self._before = [weight.detach().clone() for weight in self._weights]
+        for still, weight in zip(self.are_still, self._weights):
+            still &= ~weight.grad.flatten(1).any(1)
 
     @torch.no_grad()
     def end(self) -> None:
+        self._count += 1
         for square, before, after in zip(self._squares, self._before, self._weights):
-            square += turned(before, after, self._normalization) ** 2 / _ANGLE_STEPS
+            square += turned(before, after, self._normalization) ** 2
 
-    def by_layer(self) -> list[float | None]:
-        """Returns for each layer the median over its living filters of the root mean square angle, in radians."""
-        return [_digits(square.sqrt().nanmedian().item()) for square in self._squares]
+    def angles(self) -> list[float | None]:
+        """Returns for each layer the median over its moving filters of the root mean square angle, in radians."""
+        return [_median((square[~still] / self._count).sqrt())
+                for square, still in zip(self._squares, self.are_still)]
+
+    @torch.no_grad()
+    def effective_lr(self, lr: float) -> list[float | None]:
+        """Returns for each layer the median over its moving filters of lr / length."""
+        return [_median(lr / filter_length(weight, self._normalization).flatten()[~still])
+                for weight, still in zip(self._weights, self.are_still)]
+
+
+def _median(values: torch.Tensor) -> float | None:
+    return _digits(values.nanmedian().item()) if len(values) else None
 
 
 def _train_epoch(
@@ -120,7 +137,7 @@ def _train_epoch(
         batch_size: int,
         steps: int,
         generator: torch.Generator,
-        angles: _Angles,
+        last: _LastSteps,
 ) -> tuple[int, float]:
     """Takes the steps of an epoch, up to the first loss that is not finite; returns their number and the hits."""
     model.train()
@@ -134,12 +151,12 @@ def _train_epoch(
             return step, correct.item()
         optimizer.zero_grad()
         loss.backward()
-        measured = step >= steps - _ANGLE_STEPS
+        measured = step >= steps - _LAST_STEPS
         if measured:
-            angles.begin()
+            last.begin()
         optimizer.step()
         if measured:
-            angles.end()
+            last.end()
         schedule.step()
         correct += (logits.argmax(1) == images.train_labels[batch]).sum()
     return steps, correct.item()
@@ -167,24 +184,17 @@ def _record_lengths(record: dict[str, Any], optimizer: torch.optim.Optimizer) ->
 
 
 @torch.no_grad()
-def _record_dead(record: dict[str, Any], model: ResNet) -> None:
+def _record_filters(record: dict[str, Any], model: ResNet, last: _LastSteps, lr: float) -> None:
     weights = weights_of(model)
-    filters = [are_dead(weight) for weight in weights.values()]
-    norms = [torch.zeros_like(dead) if norm is None else norm.weight.abs() < DEAD
-             for dead, norm in zip(filters, _norms_after(model, weights))]
-    record['dead'].append([int(dead.sum()) for dead in filters])
-    record['dead_norm_weights'].append([int(dead.sum()) for dead in norms])
-    record['dead_both'].append([int((one & other).sum()) for one, other in zip(filters, norms)])
+    dead = [are_dead(weight) for weight in weights.values()]
+    record['angles'].append(last.angles())
+    record['moving_lr'].append(last.effective_lr(lr))
+    record['dead'].append([int(layer.sum()) for layer in dead])
+    record['still'].append([int(layer.sum()) for layer in last.are_still])
+    record['dead_and_still'].append([int((one & other).sum()) for one, other in zip(dead, last.are_still)])
+    record['dead_norm_weights'].append([int((norm.weight.abs() < DEAD).sum()) for norm in model.modules()
+                                        if isinstance(norm, nn.BatchNorm2d)])
     record['shortest'].append(_digits(min(filter_length(weight, 'ws').min().item() for weight in weights.values())))
-
-
-def _norms_after(model: ResNet, weights: Iterable[str]) -> list[nn.BatchNorm2d | None]:
-    """Returns the batch norm behind the convolution of each weight; those of SE gates have none."""
-    modules = [(name, module) for name, module in model.named_modules()
-               if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))]
-    norm_of = {f'{name}.weight': after for (name, _), (_, after) in itertools.pairwise(modules)
-               if isinstance(after, nn.BatchNorm2d)}
-    return [norm_of.get(name) for name in weights]
 
 
 def _digits(value: float) -> float | None:
