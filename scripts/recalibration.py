@@ -30,7 +30,6 @@ from timm.optim import create_optimizer_v2
 
 import timm_aws
 from timm_aws.data_flow import conv_norm_pairs
-from timm_aws.norm_statistics import rescaled_statistics
 from timm_aws.rule import filter_length
 
 SEEDS = (0, 1, 2)
