@@ -7,7 +7,8 @@ layer is what acts like one, whatever its name: see `norm_layers`.
 import copy
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -163,12 +164,27 @@ def _trace(root: nn.Module, norms: dict[nn.Module, bool]) -> tuple[torch.fx.Grap
     while True:
         tracer = _Tracer(opaque, norms)
         try:
-            with _TRACING:
+            with _TRACING, _without_proxies(root):
                 return tracer.trace(root), opaque
         except Exception:  # anything can come out of a forward that is given proxies in place of tensors
             if tracer.failed is None:
                 return None, opaque
             opaque.add(type(tracer.failed))
+
+
+@contextmanager
+def _without_proxies(root: nn.Module) -> Iterator[None]:
+    """Takes back the proxies that a traced forward puts into its module, into a cache of attention for example."""
+    attributes = [values for module in root.modules() for values in (vars(module), *vars(module).values())
+                  if isinstance(values, dict)]
+    before = [dict(values) for values in attributes]
+    try:
+        yield
+    finally:
+        for values, old in zip(attributes, before):
+            for key in [key for key, value in values.items() if isinstance(value, torch.fx.Proxy)]:
+                del values[key]
+                values.update({key: old[key]} if key in old else {})
 
 
 def _outermost(root: nn.Module, types: set[type]) -> Iterable[tuple[str, nn.Module]]:
