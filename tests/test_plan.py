@@ -9,10 +9,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from outputs import RESULTS
+from reproduction.grid import NETWORKS, Cell
+from reproduction.rules import make_optimizer
 from timm.optim import create_optimizer_v2
 
 import timm_aws
 from timm_aws.plan import forecast, plan_run
+from timm_aws.ws_resnet import NormalizedResNet
 from timm_aws_cli import main
 
 COMMAND = 'plan --model ws_resnet50 --opt aws_sgd --lr 0.1 --epochs 90 --images 1281167 --batch-size 256'
@@ -56,6 +60,28 @@ def test_recorded_angles_are_those_of_the_forecast(tmp_path, opt, lr, options):
         ratios = [float(row['angle']) / predicted[row['layer']]
                   for row in csv.DictReader(file) if int(row['step']) > 2 * steps / 3]
     assert 0.7 < statistics.median(ratios) < 1.4
+
+
+@pytest.mark.parametrize(('rule', 'strength', 'scale'), [
+    ('l2', 0.01, 0.01), ('aws', 0.25, 1.), ('aws', 0.25, 100.), ('aws_decoupled', 10., 1.), ('aws_adam', 100., 1.),
+    ('adamw', 10., 1.)])
+def test_recorded_lengths_are_those_of_the_forecast(rule, strength, scale):
+    """After 702 steps on photographs, runs of scripts/reproduce.py; the median over layers."""
+    lr = 1e-3 if 'adam' in rule else 0.1
+    cell = Cell('resnet10', 'ws', rule, lr, strength, scale)
+    lines = map(json.loads, (RESULTS / 'reproduce_cpu.jsonl').read_text().splitlines())
+    record = next(line for line in lines if {**line, **cell.settings()} == line)
+    torch.manual_seed(0)
+    model = NormalizedResNet(**NETWORKS['resnet10'], num_classes=20)
+    model.default_cfg = {'input_size': (3, 32, 32)}
+    with torch.no_grad():
+        for name in record['layers']:
+            model.get_parameter(name).mul_(scale)
+    plan = forecast(model, make_optimizer(model, rule, lr, strength, 'ws'), [
+        lr * 0.1 ** sum(step >= share * 780 for share in (0.3, 0.6, 0.9)) for step in range(702)], 1, 128, 32)
+    assert [layer.length for layer in plan.layers] == pytest.approx(record['lengths'][0], rel=0.05)
+    assert 0.7 < statistics.median(
+        recorded / layer.final_length for recorded, layer in zip(record['lengths'][9], plan.layers)) < 1.4
 
 
 @pytest.mark.parametrize(('opt', 'alpha', 'decay', 'scale'), [
