@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument('source', type=Path, help='17flowers.tgz, or a folder of its images')
     options = parser.parse_args()
     record = json.loads(RESULT.read_text()) if RESULT.exists() else {
-        'command': 'python scripts/fine_tuning.py 17flowers.tgz',
+        'command': 'python scripts/fine_tuning.py 17flowers',
         'model': 'ws_resnet50_aws, pretrained on Tiny-ImageNet-200',
         'dataset': f'Oxford 17 Category Flower Dataset, at 64 px; of each of the first {CLASSES} classes {TRAINED} '
                    f'photographs to train on and {VALIDATED} others to validate on, drawn by each seed',
