@@ -5,6 +5,7 @@
     timm-aws export RUN OUT                                              a checkpoint folder from a run of train.py
     timm-aws publish FOLDER OWNER/NAME                                   the folder on the Hugging Face Hub
     timm-aws plot FILE.csv                                               a picture of recorded effective learning rates
+    timm-aws plan --model NAME --opt NAME ...                            what a run will do to the filters, before it
 
 It lies beside the package, as whatever lies in it is imported after torch, which takes seconds. The help has no need of
 torch, and a Ctrl-C in these seconds is answered from here.
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with _interrupt_exits():
         parser = argparse.ArgumentParser(prog='timm-aws', description='Adaptive Weight Shrink for timm.')
         commands = parser.add_subparsers(required=True, metavar='COMMAND')
-        for add in (_add_run, _add_export, _add_publish, _add_plot):
+        for add in (_add_run, _add_export, _add_publish, _add_plot, _add_plan):
             add(commands)
         argv = list(sys.argv[1:] if argv is None else argv)
         options = parser.parse_args(argv)
@@ -103,6 +104,31 @@ def _add_plot(commands) -> None:
                       'if left out; its suffix names the format')
     _add_traceback(plot)
     plot.set_defaults(command=_plot)
+
+
+def _add_plan(commands) -> None:
+    plan = commands.add_parser(
+        'plan',
+        help='forecast filter lengths and effective learning rates before a run',
+        description="Forecasts the normalized weights of a run of timm's train.py, whose options these are.",
+    )
+    plan.add_argument('--model', metavar='NAME', required=True, help='model with normalized weights')
+    plan.add_argument('--opt', metavar='NAME', required=True, help='optimizer, SGD or Adam, under aws_ or not')
+    plan.add_argument('--lr', metavar='LR', type=float, required=True, help='learning rate')
+    plan.add_argument('--epochs', metavar='N', type=int, required=True, help='epochs of training')
+    plan.add_argument('--images', metavar='N', type=int, required=True, help='images in the training set')
+    plan.add_argument('--batch-size', metavar='N', type=int, default=128, help='images of a step (%(default)s)')
+    plan.add_argument('--img-size', metavar='PIXELS', type=int, help="side of the images (the model's own)")
+    plan.add_argument('--opt-kwargs', metavar='KEY=VALUE', nargs='*', default=(), help='such as alpha=0.0025')
+    plan.add_argument('--weight-decay', metavar='DECAY', type=float, default=2e-5, help='weight decay (%(default)s)')
+    plan.add_argument('--momentum', metavar='M', type=float, default=0.9, help='momentum of SGD (%(default)s)')
+    plan.add_argument('--sched', choices=('cosine', 'step', 'none'), default='cosine', help='schedule (%(default)s)')
+    plan.add_argument('--warmup-epochs', metavar='N', type=int, default=5, help='epochs of warm-up (%(default)s)')
+    plan.add_argument('--decay-epochs', metavar='N', type=float, default=90, help='of a step schedule (%(default)s)')
+    plan.add_argument('--json', action='store_true', help='print JSON in place of a table')
+    plan.add_argument('--plot', metavar='PICTURE', type=Path, help='picture; its suffix names the format')
+    _add_traceback(plan)
+    plan.set_defaults(command=_plan)
 
 
 def _add_traceback(command: argparse.ArgumentParser) -> None:
@@ -194,6 +220,20 @@ def _plot(options: argparse.Namespace) -> None:
     out = options.out or options.record.with_suffix('.png')
     plot_effective_lr(options.record, out)
     print(out)
+
+
+@_in_one_line
+def _plan(options: argparse.Namespace) -> None:
+    with _interrupt_exits():
+        from timm_aws.plan import plan_run
+
+    kept = {'command', 'json', 'plot', 'traceback'}
+    plan = plan_run(**{name: value for name, value in vars(options).items() if name not in kept})
+    print(plan.to_json() if options.json else plan.to_text())
+    if options.plot:
+        from timm_aws.plot import draw_effective_lr  # here, as only a picture needs matplotlib
+
+        draw_effective_lr(plan.epochs, options.plot)
 
 
 def _run(script: str, args: Sequence[str]) -> None:

@@ -24,7 +24,8 @@ try:
 except KeyboardInterrupt:
     pass
 '''
-COMMANDS = [('run', 'script.py'), EXPORT, ('publish', 'folder', 'alice/name'), ('plot', 'record.csv')]
+PLAN = ('plan', '--model', 'test_ws_resnet', '--opt', 'aws_sgd', '--lr', '1', '--epochs', '1', '--images', '1')
+COMMANDS = [('run', 'script.py'), EXPORT, ('publish', 'folder', 'alice/name'), ('plot', 'record.csv'), PLAN]
 
 
 def _run(*args, **kwargs):

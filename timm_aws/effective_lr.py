@@ -12,7 +12,16 @@ import torch
 from .optimizers import AwsAdam, AwsSGD
 from .rule import filter_length, shrink_factor
 
-__all__ = ['decay_as_lr', 'effective_lr', 'equilibrium_angle', 'normalized_parameters', 'unwrap']
+__all__ = [
+    'angle_at',
+    'decay_as_lr',
+    'effective_lr',
+    'equilibrium_angle',
+    'gradient_sums',
+    'normalized_parameters',
+    'shrinks_at',
+    'unwrap',
+]
 
 
 def decay_as_lr(weight_decay: float, lrs: Iterable[float]) -> list[float]:
@@ -81,7 +90,8 @@ def equilibrium_angle(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
         (1 - d) * m^k                                SGD
         1 + (1 - d) * m, then (1 - d) * m^(k + 1)    SGD with Nesterov momentum
-        proportional to m^k                          Adam with m = beta1, RMSprop; decoupled only
+        (1 - m) * m^k                                Adam with m = beta1; decoupled only
+        m^k                                          RMSprop; decoupled only
 
     Lookahead takes part of each move back, which divides lr * gamma by lookahead_alpha.
 
@@ -103,33 +113,45 @@ def equilibrium_angle(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     """
     stepper = unwrap(optimizer)
     stepper = getattr(stepper, 'optim', stepper)  # that of one process, in a ZeroRedundancyOptimizer
-    return {name: _angle(stepper, group, filter_length(param, group['normalization']).flatten())
+    return {name: angle_at(stepper, group, filter_length(param, group['normalization']).flatten())
             for name, param, group in normalized_parameters(optimizer)}
 
 
-def _angle(optimizer: torch.optim.Optimizer, group: dict[str, Any], length: torch.Tensor) -> torch.Tensor:
-    """Computes the equilibrium angles of filters of these lengths, (out_channels,)."""
+def angle_at(optimizer: torch.optim.Optimizer, group: dict[str, Any], length: torch.Tensor) -> torch.Tensor:
+    """Computes the equilibrium angles of filters of these lengths, (n,), by the options of a group."""
+    total, squares = gradient_sums(optimizer, group)
+    coupled = total if isinstance(optimizer, torch.optim.SGD) else math.nan
+    gamma = torch.zeros_like(length)
+    for is_decoupled, part in shrinks_at(optimizer, group, length):
+        gamma = gamma + part * (1 if is_decoupled else coupled)
+    return (2 * _lr(group) * gamma * squares / group.get('lookahead_alpha', 1)).sqrt() / total
+
+
+def gradient_sums(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[float, float]:
+    """Returns S and P of `equilibrium_angle`, NaN where no formula holds."""
     nesterov, kept = False, 1.
     if isinstance(optimizer, torch.optim.SGD):
         momentum, nesterov = group['momentum'], group['nesterov']
         kept = 1 - group['dampening'] if momentum else 1.
     elif isinstance(optimizer, torch.optim.Adam):
         momentum = group['betas'][0]
+        kept = 1 - momentum
     else:
         momentum = group['momentum'] if isinstance(optimizer, torch.optim.RMSprop) else math.nan
     if not momentum < 1:
-        return torch.full_like(length, math.nan)
+        return math.nan, math.nan
     first, second = (1 + momentum * kept, momentum ** 2 * kept) if nesterov else (kept, momentum * kept)
-    total, squares = first + second / (1 - momentum), first ** 2 + second ** 2 / (1 - momentum ** 2)
+    return first + second / (1 - momentum), first ** 2 + second ** 2 / (1 - momentum ** 2)
 
-    coupled = total if isinstance(optimizer, torch.optim.SGD) else math.nan
+
+def shrinks_at(
+        optimizer: torch.optim.Optimizer, group: dict[str, Any], length: torch.Tensor) -> Iterator[tuple[bool, Any]]:
+    """Yields whether a shrink is decoupled, and its gamma or weight decay for filters of these lengths."""
     alpha = group.get(getattr(optimizer, 'alpha_key', ''), 0)  # torch's own optimizers know no alpha
-    gamma = torch.zeros_like(length)
     if alpha:
-        gamma = shrink_factor(alpha, length) * (1 if group.get('decoupled', True) else coupled)
+        yield group.get('decoupled', True), shrink_factor(alpha, length)
     if group['weight_decay'] and not (alpha and isinstance(optimizer, (AwsSGD, AwsAdam))):  # there instead of decay
-        gamma = gamma + group['weight_decay'] * (1 if group.get('decoupled_weight_decay') else coupled)
-    return (2 * _lr(group) * gamma * squares / group.get('lookahead_alpha', 1)).sqrt() / total
+        yield group.get('decoupled_weight_decay', False), group['weight_decay']
 
 
 def _lr(group: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """Pictures of training runs, all in one style."""
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -10,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .record import read_rows
 
-__all__ = ['add_layer_bar', 'layer_colors', 'plot_effective_lr']
+__all__ = ['add_layer_bar', 'draw_effective_lr', 'layer_colors', 'plot_effective_lr']
 
 _LAYERS = colormaps['viridis']  # its lightness rises evenly, so it reads in grey too
 
@@ -44,6 +45,17 @@ def plot_effective_lr(source: Path, out: Path) -> None:
     rows = [dict(zip(columns, row)) for row in values]
     if not rows or not {'layer', 'lr', 'length'} <= set(columns):
         raise ValueError(f'{source} is no record of effective learning rates: it has no rows, or no layer, lr, length.')
+    draw_effective_lr(rows, out)
+
+
+def draw_effective_lr(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Draws the rows of a record, each column to value, whose first column is `step` or `epoch`.
+
+    Args:
+        rows: Rows with the columns of `timm_aws.Recorder`, without the two angles for the first panel alone.
+        out: Picture to write, of the format that its suffix names.
+    """
+    columns = list(rows[0])
     curves = {'effective learning rate, lr / filter length': ('lr', 'length')}
     if {'angle', 'equilibrium_angle'} <= set(columns):
         curves['angle of a step / angle in equilibrium'] = ('angle', 'equilibrium_angle')
@@ -56,7 +68,7 @@ def plot_effective_lr(source: Path, out: Path) -> None:
     figure.savefig(out, dpi=150)
 
 
-def _draw_layers(panel: Axes, x: str, rows: list[dict[str, str]], over: str, under: str) -> None:
+def _draw_layers(panel: Axes, x: str, rows: Sequence[dict[str, Any]], over: str, under: str) -> None:
     layers: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         points = layers.setdefault(row['layer'], [])  # each has its colour, in every panel the same
