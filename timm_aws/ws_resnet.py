@@ -74,7 +74,8 @@ def _fold_stem(state_dict: dict[str, torch.Tensor], model: NormalizedResNet) -> 
         copies = torch.arange(wanted).remainder(trained).bincount(minlength=trained).clamp(min=1)
         spread = folded + folded[:, wanted:].sum(1, keepdim=True) / wanted
         folded = spread * (wanted / trained / copies).view(-1, 1, 1)  # timm multiplies by trained / wanted
-    adapted = adapt_input_conv(conv.in_channels, folded, base_chans=weight.shape[1])
+    base_chans = () if weight.shape[1] == 3 else (weight.shape[1],)  # which the oldest timm does not take
+    adapted = adapt_input_conv(conv.in_channels, folded, *base_chans)
     length = relative_length(adapted, normalize_filters(adapted, *kind))
     state_dict = {**state_dict, f'{name}.weight': folded}
     if f'{norm}.running_var' in state_dict:

@@ -201,7 +201,7 @@ def _logits(folder: Path) -> torch.Tensor:
     noise = torch.rand(channels, 300, 400, generator=torch.Generator().manual_seed(0))
     image = to_pil_image(noise) if channels <= 4 else noise  # more channels do not fit in a picture
     batch = timm.data.create_transform(**data, is_training=False)(image).unsqueeze(0)
-    if batch.shape[1:] != data['input_size'] or not batch.isfinite().all():
+    if batch.shape[1:] != tuple(data['input_size']) or not batch.isfinite().all():
         raise ValueError(f'the preprocessing in {CONFIG} gives {tuple(batch.shape)}, or pixels that are not finite')
     with torch.inference_mode():
         return model(batch)
