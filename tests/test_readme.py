@@ -2,6 +2,7 @@
 import re
 
 import bench_report
+import fine_tuning
 import findings
 import pytest
 import tested_table
@@ -118,7 +119,7 @@ def test_links_lead_to_files(path):
 @pytest.mark.parametrize('path', READMES, ids=('top', 'results'))
 def test_marked_numbers_and_tables_are_what_the_scripts_give(path):
     values = {}
-    for script in (zoo_table, bench_report, tested_table, findings):
+    for script in (zoo_table, bench_report, tested_table, findings, fine_tuning):
         assert values.keys().isdisjoint(script.values())
         values |= script.values()
     text = path.read_text()
