@@ -219,13 +219,16 @@ def _strengths(lines: Lines) -> Figure | None:
         strengths = [factor * cell.strength for cell in cells]
         label = {'l2': 'weight decay', 'aws': 'AWS'}[rule]
         _band(panels[0], strengths, [[final_accuracy(line) for line in seeds] for seeds in found], color, label)
-        _band(panels[1], strengths, [[100 * _dead_share(line) for line in seeds] for seeds in found], color, label)
+        for key, style in (('dead', 'solid'), ('still', 'dotted')):
+            shares = [[100 * _share(line, key) for line in seeds if 'still' in line] for seeds in found]
+            if all(shares):
+                _band(panels[1], strengths, shares, color, label, style)
     without = seeds_of(lines, _cell('ws', 'none', 0.))
     if without:
         panels[0].axhline(
             statistics.mean(map(final_accuracy, without)), color=BLACK, linestyle='dashed', label='no decay')
     panels[0].set(ylabel='validation accuracy, %')
-    panels[1].set(ylabel='dead filters, %', ylim=(-2, 102))
+    panels[1].set(ylabel='dead filters, %; dotted: without gradient', ylim=(-2, 102))
     for panel in panels:
         panel.set(xscale='log', xlabel=f'weight decay, or α × {_TYPICAL_STD:g}')
         panel.grid(alpha=0.3)
@@ -233,13 +236,21 @@ def _strengths(lines: Lines) -> Figure | None:
     return figure
 
 
-def _dead_share(line: dict[str, Any]) -> float:
-    """Returns the share of dead filters at the end, all where the training has failed."""
-    return 1. if has_failed(line) or not line['dead'] else _total(line, 'dead')[-1] / sum(line['filters'])
+def _share(line: dict[str, Any], key: str) -> float:
+    """Returns the share of filters that are counted under a key at the end, all where the training has failed."""
+    return 1. if has_failed(line) or not line[key] else _total(line, key)[-1] / sum(line['filters'])
 
 
-def _band(panel: Axes, xs: list[float], values: list[list[float]], color: str, label: str) -> None:
-    panel.plot(xs, [statistics.mean(seeds) for seeds in values], color=color, label=label, marker='.')
+def _band(
+        panel: Axes,
+        xs: list[float],
+        values: list[list[float]],
+        color: str,
+        label: str,
+        linestyle: str = 'solid',
+) -> None:
+    means = [statistics.mean(seeds) for seeds in values]
+    panel.plot(xs, means, color=color, label=label, marker='.', linestyle=linestyle)
     panel.fill_between(xs, [min(seeds) for seeds in values], [max(seeds) for seeds in values], color=color, alpha=0.2)
 
 
