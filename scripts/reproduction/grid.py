@@ -101,7 +101,7 @@ class Cell:
         scale: What the convolutions' initialization is multiplied by.
         seed: Seed of initialization, order and augmentation.
         other_decay: Weight decay of norm weights and classifier.
-        decay_until: Share of the epochs after which nothing decays or shrinks any more.
+        decay_until: Share of the epochs after which nothing decays or shrinks any more, under L2, sgdw and AWS.
     """
     network: str
     normalization: str
