@@ -128,7 +128,7 @@ def _deaths(lines: Lines, rows: list[Cell]) -> str:
 
     return markdown(
         'How filters die', (
-            'rule', 'without gradient', 'half of these by step', 'dead', 'half of these by step',
+            'rule', 'without gradient', 'half of them by step', 'dead', 'half of the dead by step',
             'dead and without gradient', 'norm weights below 1e-6', 'layer with the largest share of dead filters'),
         map(row, (cell for cell in rows if any(line['dead'] for line in seeds_of(lines, cell))))) + (
         '\n"Without gradient": the gradient was exactly 0 in the last 20 steps of an epoch, as where the ReLU behind '
