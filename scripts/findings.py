@@ -2,11 +2,16 @@
 
     python scripts/findings.py
 
+<<<<<<< HEAD
 They come from the trainings of reproduce.py, its tables, the trainings of init_scale.py, and recalibration.py.
+=======
+They come from the trainings of reproduce.py, its tables (those of `lifetime` too), and the trainings of init_scale.py.
+>>>>>>> work-d
 """
 import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from outputs import RESULTS, fill_in
 from reproduce import read_lines
@@ -14,13 +19,14 @@ from reproduction.grid import POLICIES, PRESETS, SGD_LR, Cell, tuned_strength
 from reproduction.report import final_accuracy
 
 LINES = RESULTS / 'reproduce_cpu.jsonl'
+LIFETIME = RESULTS / 'lifetime_cpu.md'
 Table = dict[str, dict[str, str]]
 
 
-def tables() -> dict[str, Table]:
+def tables(path: Path) -> dict[str, Table]:
     """Reads the tables of reproduce.py: title, then first cell of the row, then column, to cell."""
     found = {}
-    for part in LINES.with_suffix('.md').read_text().split('## ')[1:]:
+    for part in path.read_text().split('## ')[1:]:
         title, *lines = part.splitlines()
         head, _, *rows = [line[2:-2].split(' | ') for line in lines if line.startswith('|')]
         found[title] = {row[0]: dict(zip(head, row)) for row in rows}
@@ -119,11 +125,22 @@ def of_recalibration() -> dict[str, str]:
     return {name: f'{sum(accuracies) / len(accuracies):.0f}' for name, accuracies in found.items()}
 
 
+def of_lifetime() -> dict[str, str]:
+    """Returns the numbers on fixed decay and AWS over 15,000 steps."""
+    ends, deaths, *_ = tables(LIFETIME).values()
+    found = {'life_done': LIFETIME.read_text().split(' trainings')[0]}
+    for name, rule in (('l2', 'WS, L2, SGD, λ = 0.01'), ('aws', 'WS, AWS, coupled, α = 0.25')):
+        found |= {f'life_dead_{name}': deaths[rule]['dead'], f'life_still_{name}': deaths[rule]['without gradient'],
+                  f'life_norms_{name}': deaths[rule]['norm weights below 1e-6'],
+                  f'life_short_{name}': ends[rule]['shortest std'], f'life_{name}': ends[rule]['validation accuracy']}
+    return found
+
+
 def values() -> dict[str, str]:
     """Returns the numbers that the READMEs mark a place for."""
-    table1, table2, networks, differences, layers, scales, tuned, _ = tables().values()
+    table1, table2, networks, differences, layers, scales, tuned, _ = tables(LINES.with_suffix('.md')).values()
     return {**of_rules(), **of_decay_and_alpha(table1, table2), **of_networks(networks, differences, tuned),
-            **of_layers(layers, scales), **of_init_scale(), **of_recalibration()}
+            **of_layers(layers, scales), **of_init_scale(), **of_recalibration(), **of_lifetime()}
 
 
 if __name__ == '__main__':

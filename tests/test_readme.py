@@ -2,8 +2,8 @@
 import re
 
 import bench_report
-import fine_tuning
 import findings
+import fine_tuning
 import pytest
 import tested_table
 import timm

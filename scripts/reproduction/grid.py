@@ -101,7 +101,7 @@ class Cell:
         scale: What the convolutions' initialization is multiplied by.
         seed: Seed of initialization, order and augmentation.
         other_decay: Weight decay of norm weights and classifier.
-        decay_until: Share of the epochs after which nothing decays or shrinks any more.
+        decay_until: Share of the epochs after which nothing decays or shrinks any more, under L2, sgdw and AWS.
     """
     network: str
     normalization: str
@@ -147,7 +147,7 @@ LIFETIME_OTHER_DECAY = 1e-3
 
 def _long(normalization: str, rule: str, *strengths: float, lr: float = SGD_LR, **options: float) -> list[Cell]:
     options = {'other_decay': LIFETIME_OTHER_DECAY, **options}
-    return [Cell('narrow10', normalization, rule, lr, strength, **options) for strength in strengths]  # type: ignore
+    return [Cell('narrow10', normalization, rule, lr, strength, **options) for strength in strengths]
 
 
 # Over 15,000 steps the decay exponent is 50 at L2 1e-2; AWS with alpha 0.25 is equal to it at a std of 0.04, and at a

@@ -40,7 +40,7 @@ def _cell(normalization: str, rule: str, strength: float) -> Cell:
 
 
 def _title(cell: Cell) -> str:
-    other = '' if cell.other_decay == LIFETIME_OTHER_DECAY else f', others {cell.other_decay:g}'
+    other = '' if cell.other_decay == LIFETIME_OTHER_DECAY else f', decay of the rest {cell.other_decay:g}'
     until = '' if cell.decay_until == 1 else f', no decay after {100 * cell.decay_until:.0f} % of the steps'
     return f'{_NORMALIZATIONS[cell.normalization]}, {setting(cell.rule, cell.strength)}{other}{until}'
 
@@ -128,7 +128,7 @@ def _deaths(lines: Lines, rows: list[Cell]) -> str:
 
     return markdown(
         'How filters die', (
-            'rule', 'without gradient', 'half of these by step', 'dead', 'half of these by step',
+            'rule', 'without gradient', 'half of them by step', 'dead', 'half of the dead by step',
             'dead and without gradient', 'norm weights below 1e-6', 'layer with the largest share of dead filters'),
         map(row, (cell for cell in rows if any(line['dead'] for line in seeds_of(lines, cell))))) + (
         '\n"Without gradient": the gradient was exactly 0 in the last 20 steps of an epoch, as where the ReLU behind '
@@ -219,13 +219,16 @@ def _strengths(lines: Lines) -> Figure | None:
         strengths = [factor * cell.strength for cell in cells]
         label = {'l2': 'weight decay', 'aws': 'AWS'}[rule]
         _band(panels[0], strengths, [[final_accuracy(line) for line in seeds] for seeds in found], color, label)
-        _band(panels[1], strengths, [[100 * _dead_share(line) for line in seeds] for seeds in found], color, label)
+        for key, style in (('dead', 'solid'), ('still', 'dotted')):
+            shares = [[100 * _share(line, key) for line in seeds if 'still' in line] for seeds in found]
+            if all(shares):
+                _band(panels[1], strengths, shares, color, label, style)
     without = seeds_of(lines, _cell('ws', 'none', 0.))
     if without:
         panels[0].axhline(
             statistics.mean(map(final_accuracy, without)), color=BLACK, linestyle='dashed', label='no decay')
     panels[0].set(ylabel='validation accuracy, %')
-    panels[1].set(ylabel='dead filters, %', ylim=(-2, 102))
+    panels[1].set(ylabel='dead filters, %; dotted: without gradient', ylim=(-2, 102))
     for panel in panels:
         panel.set(xscale='log', xlabel=f'weight decay, or α × {_TYPICAL_STD:g}')
         panel.grid(alpha=0.3)
@@ -233,13 +236,21 @@ def _strengths(lines: Lines) -> Figure | None:
     return figure
 
 
-def _dead_share(line: dict[str, Any]) -> float:
-    """Returns the share of dead filters at the end, all where the training has failed."""
-    return 1. if has_failed(line) or not line['dead'] else _total(line, 'dead')[-1] / sum(line['filters'])
+def _share(line: dict[str, Any], key: str) -> float:
+    """Returns the share of filters that are counted under a key at the end, all where the training has failed."""
+    return 1. if has_failed(line) or not line[key] else _total(line, key)[-1] / sum(line['filters'])
 
 
-def _band(panel: Axes, xs: list[float], values: list[list[float]], color: str, label: str) -> None:
-    panel.plot(xs, [statistics.mean(seeds) for seeds in values], color=color, label=label, marker='.')
+def _band(
+        panel: Axes,
+        xs: list[float],
+        values: list[list[float]],
+        color: str,
+        label: str,
+        linestyle: str = 'solid',
+) -> None:
+    means = [statistics.mean(seeds) for seeds in values]
+    panel.plot(xs, means, color=color, label=label, marker='.', linestyle=linestyle)
     panel.fill_between(xs, [min(seeds) for seeds in values], [max(seeds) for seeds in values], color=color, alpha=0.2)
 
 
