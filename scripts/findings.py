@@ -2,11 +2,8 @@
 
     python scripts/findings.py
 
-<<<<<<< HEAD
-They come from the trainings of reproduce.py, its tables, the trainings of init_scale.py, and recalibration.py.
-=======
-They come from the trainings of reproduce.py, its tables (those of `lifetime` too), and the trainings of init_scale.py.
->>>>>>> work-d
+They come from the trainings of reproduce.py, its tables (those of `lifetime` too), the trainings of init_scale.py, and
+recalibration.py.
 """
 import json
 import re
