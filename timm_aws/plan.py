@@ -314,7 +314,7 @@ def _endings(layers: list[Layer], share_left: float) -> list[str]:
                 f'the learning rate, alpha or the weight decay.')
     if share_left < _DEAD:
         warnings.append(
-            f'A filter that gets no gradient, as before a norm weight of 0, dies: it ends at {share_left:.0e} of its '
+            f'A filter that gets no gradient, as behind a closed ReLU, dies: it ends at {share_left:.0e} of its '
             f'length. Lower the weight decay, or take aws_sgd, whose shrink slows down for short filters.')
     return warnings
 
