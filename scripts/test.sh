@@ -9,5 +9,6 @@ if [ $# -gt 0 ]; then
 fi
 ruff check .
 mypy
+export OMP_NUM_THREADS=1  # of each of two processes: more would wait for each other
 python -m pytest -q -n 2 --junitxml build/tests.xml
 python scripts/timm_conformance.py -n 2 --junitxml "$PWD/build/timm.xml"

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from outputs import RESULTS
+from reproduce import cell_of
 from reproduction.grid import NETWORKS, Cell
 from reproduction.rules import make_optimizer
 from timm.optim import create_optimizer_v2
@@ -34,7 +35,7 @@ def batches(count, classes=8, size=16):
 
 
 @pytest.mark.parametrize(('opt', 'lr', 'options'), [
-    ('aws_sgd', 0.1, {'momentum': 0.9, 'alpha': 1.}),
+    ('aws_sgd', 0.03, {'momentum': 0.9, 'alpha': 3.}),
     ('aws_sgd', 0.1, {'momentum': 0.9, 'alpha': 10., 'decoupled': True}),
     ('momentum', 0.1, {'momentum': 0.9, 'weight_decay': 0.03}),
     ('aws_adam', 3e-3, {'alpha': 100.}),
@@ -70,14 +71,14 @@ def test_recorded_lengths_are_those_of_the_forecast(rule, strength, scale):
     lr = 1e-3 if 'adam' in rule else 0.1
     cell = Cell('resnet10', 'ws', rule, lr, strength, scale)
     lines = map(json.loads, (RESULTS / 'reproduce_cpu.jsonl').read_text().splitlines())
-    record = next(line for line in lines if {**line, **cell.settings()} == line)
+    record = next(line for line in lines if cell_of(line) == cell)
     torch.manual_seed(0)
     model = NormalizedResNet(**NETWORKS['resnet10'], num_classes=20)
     model.default_cfg = {'input_size': (3, 32, 32)}
     with torch.no_grad():
         for name in record['layers']:
             model.get_parameter(name).mul_(scale)
-    plan = forecast(model, make_optimizer(model, rule, lr, strength, 'ws'), [
+    plan = forecast(model, make_optimizer(model, rule, lr, strength, 'ws', cell.other_decay), [
         lr * 0.1 ** sum(step >= share * 780 for share in (0.3, 0.6, 0.9)) for step in range(702)], 1, 128, 32)
     assert [layer.length for layer in plan.layers] == pytest.approx(record['lengths'][0], rel=0.05)
     assert 0.7 < statistics.median(
@@ -118,7 +119,6 @@ def test_lengths_are_those_of_the_equation_step_by_step(opt, alpha, decay, scale
 
 def test_command_prints_a_line_for_each_layer_at_once(capsys):
     """In seconds of the processor, which other processes hardly lengthen; imports take 4 before it."""
-    torch.set_num_threads(1)
     start = time.process_time()
     main(COMMAND.split())
     seconds = time.process_time() - start

@@ -75,11 +75,28 @@ def aws_optimizer(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimiz
     Returns:
         A subclass of the base, called Aws and the name of the base.
     """
+
+    def __init__(self, params, *args, **options):
+        _DecoupledShrink.__init__(self, params, *args, **options)
+
+    setattr(__init__, '__signature__', _shrinking_signature(base))  # noqa: B010  mypy knows no such attribute
     return type(f'Aws{base.__name__}', (_DecoupledShrink, base), {
         '__doc__': f'{base.__name__} with decoupled Adaptive Weight Shrink, see `aws_optimizer`.',
+        '__init__': __init__,
         'base': base,
         'alpha_key': 'aws_alpha' if 'alpha' in inspect.signature(base).parameters else 'alpha',
     })
+
+
+def _shrinking_signature(base: type[torch.optim.Optimizer]) -> inspect.Signature:
+    """Returns the signature of the base's constructor with the options of the shrink; timm and `help` look at it."""
+    own = list(inspect.signature(_DecoupledShrink.__init__).parameters.values())
+    shrink = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+    theirs = [
+        parameter.replace(name='base_alpha') if parameter.name == 'alpha' else parameter
+        for parameter in inspect.signature(base.__init__).parameters.values()
+    ]
+    return inspect.Signature(sorted(theirs + shrink, key=lambda parameter: parameter.kind))  # **kwargs last
 
 
 def _new_aws_optimizer(base: Any) -> torch.optim.Optimizer:
