@@ -19,8 +19,8 @@ TEXT = """\
 
 ![Optimizer step, training step and inference, each as a multiple of its base](bench.png)
 
-Measured on the CPU, two threads ({hardware}){bf16}. No GPU has timed this yet: the
-kernel is tested in Triton's interpreter only; `python scripts/bench.py gpu` measures it.
+Measured on the CPU, two threads: {machines}. No GPU has timed this yet: the kernel is tested in Triton's interpreter
+only; `python scripts/bench.py gpu` measures it. Train, startup, scale and soak are older than the last redesign.
 Each number is the median over interleaved rounds; each ratio compares with the base in the same round. The files
 [step](bench_step.json), [train](bench_train.json), [infer](bench_infer.json), [startup](bench_startup.json),
 [scale](bench_scale.json) and [soak](soak.json) hold versions, spread and the numbers on one thread.
@@ -75,6 +75,15 @@ def on_two_threads(name: str) -> dict[str, Rows]:
     return {mode.removeprefix(begin): rows for mode, rows in load(name)['modes'].items() if mode.startswith(begin)}
 
 
+def machines() -> str:
+    """Tells on which machine, and with which torch, each file was measured."""
+    files: dict[str, list[str]] = {}
+    for name in ('step', 'train', 'infer', 'startup', 'scale'):
+        result = load(f'bench_{name}')
+        files.setdefault(f'{result["hardware"]}, torch {result["versions"]["torch"]}', []).append(name)
+    return '; '.join(f'{", ".join(names)} on {machine}' for machine, names in files.items())
+
+
 def table() -> str:
     """Returns the table of costs, without the bases and without the slower variants of a step."""
     left_out = {name for name in steps() if name.endswith(('foreach', 'loop'))
@@ -103,9 +112,7 @@ def text() -> str:
     ms = {sweep: {point['name']: point['rows']['AwsSGD, fused']['ms'] for point in scale[sweep]}
           for sweep in ('tensors', 'fan_in')}
     return TEXT.format(
-        hardware=load('bench_step')['hardware'],
-        bf16='' if any('bf16' in mode for mode in trainings()) else ', which has no instructions for bf16',
-        table=table(), ns_low=f'{min(ns):.1f}', ns_high=f'{max(ns):.1f}',
+        machines=machines(), table=table(), ns_low=f'{min(ns):.1f}', ns_high=f'{max(ns):.1f}',
         smallest=f'{min(large):.0f}', largest=f'{max(large):.0f}',
         tensors=f'{ms["tensors"]["1024"] / ms["tensors"]["64"]:.0f}',
         fan_in=f'{ms["fan_in"]["4"] / ms["fan_in"]["64"]:.0f}',
