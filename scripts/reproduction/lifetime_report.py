@@ -265,7 +265,7 @@ def _spread_map(lines: Lines) -> Figure | None:
         if points:
             color, marker = colormaps['tab20'](index % 20), 'os^vDPX'[index % 7]
             panel.scatter(*zip(*points), color=color, marker=marker, label=RULES[rule].title)
-    if not panel.collections:
+    if len(panel.collections) < 2:  # nothing to compare
         return None
     panel.set(xscale='log', yscale='log', xlabel='lr / length, largest over smallest layer',
               ylabel='angle of a step, largest over smallest layer')
