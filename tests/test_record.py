@@ -209,6 +209,12 @@ def test_groups_added_after_the_start_are_recorded(tmp_path):
 
 @pytest.mark.parametrize('lr', [torch.tensor(0.1), torch.tensor([0.1]), torch.tensor([[0.1]], dtype=torch.float64)])
 def test_lr_may_be_a_tensor_of_one_element(tmp_path, lr):
+    try:
+        weight = torch.nn.Parameter(torch.ones(2, 2))
+        weight.grad = torch.ones(2, 2)
+        torch.optim.SGD([weight], lr).step()
+    except TypeError:
+        pytest.skip("this torch's own SGD takes no such lr")
     record_of_one_weight(tmp_path / 'run.csv', 2, lr=lr)
     record_of_one_weight(tmp_path / 'number.csv', 2)
     assert (tmp_path / 'run.csv').read_text() == (tmp_path / 'number.csv').read_text()
