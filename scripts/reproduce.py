@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from outputs import RESULTS, write
+from outputs import RESULTS, save_figure, write
 from provenance import hardware, versions
 from reproduction import images as image_sets
 from reproduction.grid import EXPERIMENTS, PRESETS, SUITES, Cell, Preset, Task, cells_of, task_of
@@ -134,8 +134,10 @@ def report(options: argparse.Namespace) -> None:
         write(path, reporter.tables(lines, preset))
         folder = path.with_suffix('')
         folder.mkdir(exist_ok=True)
-        for picture in [path, *reporter.figures(lines, preset, folder)]:
-            print(picture)
+        print(path)
+        for name, figure in reporter.figures(lines, preset).items():
+            if figure:
+                print(*save_figure(figure, folder / name), sep='\n')
 
 
 def main() -> None:

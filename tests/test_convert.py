@@ -1,4 +1,4 @@
-"""Conversion of networks, and folding: what is converted, what is left with which reason, and equal outputs."""
+"""Conversion of networks: what is converted, what is left with which reason, and what a trained one keeps."""
 import copy
 import logging
 
@@ -9,85 +9,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from small_networks import a_conv, an_input, calibrated, relative_error
 from timm.layers import BatchNormAct2d
 
 import timm_aws
 from timm_aws import CWNConv2d, WSConv2d
 from timm_aws.convert import reasons_to_leave
-from timm_aws.fold import fold_normalization
-
-
-def _input(dtype=torch.float64):
-    return torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-
-
-def _relative_error(actual, expected):
-    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
-
-
-def _calibrated(model, *shape):
-    """Gives batch norms statistics and affine parameters of their own, with activations of a sane size."""
-    torch.manual_seed(0)
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.affine:
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # cumulative average: one pass sets the statistics
-    with torch.no_grad():
-        for _ in range(2):
-            model(torch.randn(8, *shape[1:]))
-    return model.eval()
-
-
-# Of timm's families of CNNs: those that fold parts of themselves, then one of each other build; some are newer than the
-# oldest timm.
-FAMILIES = list(filter(timm.is_model, [
-    'repvgg_a0', 'mobileone_s0', 'fastvit_t8', 'repvit_m1', 'levit_128s', 'efficientvit_m0', 'tiny_vit_5m_224',
-    'shvit_s1', 'ghostnetv3_050', 'repghostnet_050', 'lcnetv2_base', 'efficientvim_m1', 'iformer_t',
-    'densenet121', 'dla46_c', 'dpn48b', 'hrnet_w18_small', 'inception_next_atto', 'mixnet_s', 'mobilenetv3_small_050',
-    'regnety_002', 'resnest14d',
-]))
-
-
-@pytest.mark.parametrize('name', FAMILIES)
-def test_wn_keeps_what_a_trained_network_computes_and_folding_keeps_it_too(name):
-    model = timm.create_model(name, num_classes=7)
-    size = model.default_cfg['input_size'][-1] if model.default_cfg.get('fixed_input_size') else 64
-    _calibrated(model, 1, 3, size, size).double()  # fifty layers of rounding would hide a small mistake
-    x = torch.randn(2, 3, size, size, dtype=torch.float64)
-    with torch.no_grad():
-        expected = model(x)
-        timm_aws.convert(model, 'wn')
-        assert _relative_error(model(x), expected) < 1e-7
-        assert timm.utils.reparameterize_model(model, inplace=True) is model
-        assert not timm_aws.normalized_weights(model)
-        model.float().train().eval()  # attention has cached biases in float64
-        assert _relative_error(model(x.float()), expected) < 1e-4  # timm makes some layers in float32
-
-
-@pytest.mark.parametrize('name', [
-    'test_ws_resnet', 'ws_resnet18', 'ws_seresnet50', 'wn_resnet50', 'resnet18d', 'tf_efficientnet_b0', 'resnetv2_50'])
-def test_reparameterize_model_folds_normalization_and_batch_norm(name):
-    model = timm.create_model(name, num_classes=7)
-    if not timm_aws.normalized_weights(model):
-        timm_aws.convert(model, 'ws')
-    _calibrated(model, 1, 3, 64, 64).double()  # fifty layers of rounding would hide a small mistake
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    expected = model(x).detach()
-    folded = timm.utils.reparameterize_model(model)
-    assert not timm_aws.normalized_weights(folded)
-    assert _relative_error(folded(x), expected) < 1e-10
-    if name != 'resnetv2_50':  # pre-activation: batch norms that no convolution feeds
-        assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize('normalization', ['ws', 'wn', 'cwn'])
 def test_same_padding_of_timms_tensorflow_models(normalization):
     model = nn.Sequential(timm.layers.Conv2dSame(4, 6, 3, stride=2), nn.BatchNorm2d(6)).double().eval()
-    x = _input()
+    x = an_input()
     expected = copy.deepcopy(model)
     timm_aws.convert(model, normalization)
     rows = [reference.normalized(w.flatten().tolist(), normalization) for w in model[0].weight.detach()]
@@ -97,38 +30,6 @@ def test_same_padding_of_timms_tensorflow_models(normalization):
     torch.testing.assert_close(model[0].fuse()(x), model[0](x))
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
     assert timm_aws.normalized_weights(model) == {'0.weight': normalization}
-
-
-def test_folding_keeps_what_cannot_be_folded():
-    class Block(nn.Module):
-        """One batch norm behind a convolution that something else looks at too, one without statistics."""
-
-        def __init__(self):
-            super().__init__()
-            self.shared, self.norm1 = WSConv2d(4, 4, 3), nn.BatchNorm2d(4)
-            self.conv, self.norm2 = WSConv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
-
-        def forward(self, x):
-            x = self.shared(x)
-            x = self.norm1(x) + x
-            return self.norm2(self.conv(x))
-
-    block = _calibrated(Block(), 1, 4, 9, 9)
-    x = _input(torch.float32)
-    expected = block(x).detach().double()
-    folded = fold_normalization(copy.deepcopy(block))
-    assert [type(m) for m in folded.children()] == [nn.Conv2d, nn.BatchNorm2d] * 2
-    assert _relative_error(folded(x), expected) < 1e-5
-
-
-def test_folding_of_norm_act_keeps_the_activation():
-    model = _calibrated(nn.Sequential(WSConv2d(4, 4, 3), BatchNormAct2d(4)), 1, 4, 9, 9)
-    x = _input(torch.float32)
-    expected = model(x).detach().double()
-    folded = fold_normalization(copy.deepcopy(model))
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    assert folded(x).min() == 0
-    assert _relative_error(folded(x), expected) < 1e-5
 
 
 class _Preact(nn.Module):
@@ -291,7 +192,7 @@ def test_convert_takes_a_convolution_exactly_where_its_length_has_no_say(name):
         output = model(x)
         with torch.no_grad():
             model.conv.weight.mul_(10)
-        assert (_relative_error(model(x), output.double()) < 1e-2) is invariant
+        assert (relative_error(model(x), output.double()) < 1e-2) is invariant
 
 
 def test_a_network_in_evaluation_is_converted_as_it_will_train():
@@ -316,13 +217,6 @@ def test_a_weight_that_a_plain_layer_shares_is_left():
         timm_aws.convert(model, 'ws')
 
 
-def _conv(length=1., bias=False):
-    conv = nn.Conv2d(8, 8, 3, padding=1, bias=bias)
-    with torch.no_grad():
-        conv.weight.add_(0.1).mul_(length * torch.logspace(0, 1, 8).view(-1, 1, 1, 1))
-    return conv
-
-
 class _Layers(nn.Module):
     """Layers under names, and what a function does with them."""
 
@@ -337,18 +231,18 @@ class _Layers(nn.Module):
 
 
 def _line(*layers):
-    return lambda: nn.Sequential(*(layer() if isinstance(layer, type(_conv)) else layer for layer in layers))
+    return lambda: nn.Sequential(*(layer() if isinstance(layer, type(a_conv)) else layer for layer in layers))
 
 
 def _tied():
-    first, second = _conv(bias=True), _conv()
+    first, second = a_conv(bias=True), a_conv()
     second.weight, second.bias = first.weight, first.bias
     return _Layers(lambda m, x: m.b(m.second(m.a(m.first(x)))), first=first, second=second, a=nn.BatchNorm2d(8),
                    b=nn.BatchNorm2d(8))
 
 
 def _dead():
-    conv = _conv()
+    conv = a_conv()
     with torch.no_grad():
         conv.weight[0], conv.weight[1], conv.weight[2] = 0, conv.weight[1] * 1e-20, conv.weight[2] * 1e4
     return nn.Sequential(conv, nn.BatchNorm2d(8))
@@ -356,40 +250,40 @@ def _dead():
 
 def _dense():
     return _Layers(
-        lambda m, x: m.b(torch.cat([x, m.pool(m.second(m.a(m.first(x)))), m.first(x)], 1)), first=_conv(bias=True),
-        second=_conv(bias=True), a=nn.BatchNorm2d(8), b=nn.BatchNorm2d(24), pool=nn.AvgPool2d(3, 1, 1))
+        lambda m, x: m.b(torch.cat([x, m.pool(m.second(m.a(m.first(x)))), m.first(x)], 1)), first=a_conv(bias=True),
+        second=a_conv(bias=True), a=nn.BatchNorm2d(8), b=nn.BatchNorm2d(24), pool=nn.AvgPool2d(3, 1, 1))
 
 
 WITH_WN = {  # a network, and why each convolution of it is left
-    'a bias': (_line(lambda: _conv(bias=True), nn.BatchNorm2d(8)), [None]),
-    'long filters, large eps': (_line(lambda: _conv(100.), nn.BatchNorm2d(8, eps=1e-2)), [None]),
+    'a bias': (_line(lambda: a_conv(bias=True), nn.BatchNorm2d(8)), [None]),
+    'long filters, large eps': (_line(lambda: a_conv(100.), nn.BatchNorm2d(8, eps=1e-2)), [None]),
     'dead filters': (_dead, [None]),
-    'no gain': (_line(_conv, nn.BatchNorm2d(8, affine=False)), [None]),
-    'average pool': (_line(lambda: _conv(bias=True), nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(8)), [None]),
-    'maximum pool': (_line(lambda: _conv(bias=True), nn.MaxPool2d(2), BatchNormAct2d(8)), [None]),
-    'instance norm': (_line(lambda: _conv(bias=True), nn.InstanceNorm2d(8, eps=1e-12)), [None]),
-    'instance norm with statistics': (_line(_conv, nn.InstanceNorm2d(8, track_running_stats=True)), [None]),
-    'batch norm without statistics': (_line(_conv, nn.BatchNorm2d(8, 1e-12, track_running_stats=False)), [None]),
-    'two norms': (lambda: _Layers(lambda m, x: (lambda y: m.a(y) + m.b(y))(m.conv(x)), conv=_conv(),
+    'no gain': (_line(a_conv, nn.BatchNorm2d(8, affine=False)), [None]),
+    'average pool': (_line(lambda: a_conv(bias=True), nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(8)), [None]),
+    'maximum pool': (_line(lambda: a_conv(bias=True), nn.MaxPool2d(2), BatchNormAct2d(8)), [None]),
+    'instance norm': (_line(lambda: a_conv(bias=True), nn.InstanceNorm2d(8, eps=1e-12)), [None]),
+    'instance norm with statistics': (_line(a_conv, nn.InstanceNorm2d(8, track_running_stats=True)), [None]),
+    'batch norm without statistics': (_line(a_conv, nn.BatchNorm2d(8, 1e-12, track_running_stats=False)), [None]),
+    'two norms': (lambda: _Layers(lambda m, x: (lambda y: m.a(y) + m.b(y))(m.conv(x)), conv=a_conv(),
                                   a=nn.BatchNorm2d(8), b=nn.BatchNorm2d(8)), [None]),
-    'used twice, a norm each': (lambda: _Layers(lambda m, x: m.b(m.conv(m.a(m.conv(x)))), conv=_conv(bias=True),
+    'used twice, a norm each': (lambda: _Layers(lambda m, x: m.b(m.conv(m.a(m.conv(x)))), conv=a_conv(bias=True),
                                                 a=nn.BatchNorm2d(8), b=nn.BatchNorm2d(8)), [None]),
-    'used twice, with its norm': (lambda: _Layers(lambda m, x: m.a(m.conv(m.a(m.conv(x)))), conv=_conv(),
+    'used twice, with its norm': (lambda: _Layers(lambda m, x: m.a(m.conv(m.a(m.conv(x)))), conv=a_conv(),
                                                   a=nn.BatchNorm2d(8)), [None]),
     'weight and bias shared': (_tied, [None, None]),
     'concatenated, into two norms': (_dense, [None, None]),
     'concatenated before something else': (
-        lambda: _Layers(lambda m, x: m.a(torch.cat([m.conv(x), x], 1)), conv=_conv(), a=nn.BatchNorm2d(16)),
+        lambda: _Layers(lambda m, x: m.a(torch.cat([m.conv(x), x], 1)), conv=a_conv(), a=nn.BatchNorm2d(16)),
         ['1.a has no statistics of it alone']),
     'concatenated twice': (
-        lambda: _Layers(lambda m, x: m.a(torch.cat([y := m.conv(x), y], 1)), conv=_conv(), a=nn.BatchNorm2d(16)),
+        lambda: _Layers(lambda m, x: m.a(torch.cat([y := m.conv(x), y], 1)), conv=a_conv(), a=nn.BatchNorm2d(16)),
         ['1.a has no statistics of it alone']),
     'a norm shared': (
-        lambda: _Layers(lambda m, x: m.a(m.second(m.a(m.first(x)))), first=_conv(), second=_conv(),
+        lambda: _Layers(lambda m, x: m.a(m.second(m.a(m.first(x)))), first=a_conv(), second=a_conv(),
                         a=nn.BatchNorm2d(8)), ['1.a has no statistics of it alone'] * 2),
-    'group norm': (_line(_conv, nn.GroupNorm(2, 8)), ['GroupNorm cannot take over']),
-    'layer norm': (_line(_conv, timm.layers.LayerNorm2d(8)), ['LayerNorm2d cannot take over']),
-    'a norm of its own': (_line(_conv, _Rms()), ['_Rms cannot take over']),
+    'group norm': (_line(a_conv, nn.GroupNorm(2, 8)), ['GroupNorm cannot take over']),
+    'layer norm': (_line(a_conv, timm.layers.LayerNorm2d(8)), ['LayerNorm2d cannot take over']),
+    'a norm of its own': (_line(a_conv, _Rms()), ['_Rms cannot take over']),
 }
 
 
@@ -399,7 +293,7 @@ def test_wn_keeps_what_a_trained_network_computes_or_leaves_the_convolution(case
     torch.manual_seed(0)
     model = make()
     first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))  # something to convert in every case
-    model = _calibrated(nn.Sequential(first, model), 1, 3, 9, 9).double()
+    model = calibrated(nn.Sequential(first, model), 1, 3, 9, 9).double()
     x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = model(x).detach()
     with caplog.at_level(logging.INFO, logger='timm_aws'):
@@ -407,7 +301,7 @@ def test_wn_keeps_what_a_trained_network_computes_or_leaves_the_convolution(case
     assert caplog.messages[0].count(' (') == sum(map(bool, reasons))
     assert all(f'({reason}' in caplog.messages[0] for reason in reasons if reason)
     assert [type(m) is nn.Conv2d for m in model[1].modules() if isinstance(m, nn.Conv2d)] == [bool(r) for r in reasons]
-    assert _relative_error(model(x).detach(), expected) < 1e-8
+    assert relative_error(model(x).detach(), expected) < 1e-8
     assert not recwarn
 
 
@@ -416,7 +310,7 @@ def test_looking_at_a_network_leaves_nothing_in_its_modules():
         module.last, module.cache['last'] = (y := module.norm(module.conv(x))), x
         return y
 
-    model = _Layers(forward, conv=_conv(), norm=nn.BatchNorm2d(8))
+    model = _Layers(forward, conv=a_conv(), norm=nn.BatchNorm2d(8))
     model.last, model.cache = None, {}
     timm_aws.convert(model, 'ws')
     assert (model.last, model.cache) == (None, {})
@@ -424,7 +318,7 @@ def test_looking_at_a_network_leaves_nothing_in_its_modules():
 
 @pytest.mark.parametrize('normalization', ['ws', 'wn', 'cwn'])
 def test_a_fresh_network_is_converted_whatever_its_norm_without_a_change_of_state(normalization, recwarn):
-    for model in (nn.Sequential(_conv(), nn.BatchNorm2d(8)), nn.Sequential(_conv(), nn.GroupNorm(2, 8))):
+    for model in (nn.Sequential(a_conv(), nn.BatchNorm2d(8)), nn.Sequential(a_conv(), nn.GroupNorm(2, 8))):
         state = copy.deepcopy(model.state_dict())
         timm_aws.convert(model, normalization)
         assert model[0].normalization == normalization
@@ -434,130 +328,27 @@ def test_a_fresh_network_is_converted_whatever_its_norm_without_a_change_of_stat
 
 @pytest.mark.parametrize('normalization', ['ws', 'cwn'])
 def test_centering_warns_of_what_it_does_to_a_trained_network(normalization, recwarn):
-    centered = _calibrated(nn.Sequential(_conv(), nn.BatchNorm2d(8)), 1, 8, 9, 9)
+    centered = calibrated(nn.Sequential(a_conv(), nn.BatchNorm2d(8)), 1, 8, 9, 9)
     with torch.no_grad():
         centered[0].weight.sub_(centered[0].weight.mean((1, 2, 3), keepdim=True))
-        expected = centered(_input(torch.float32).repeat(1, 2, 1, 1))
+        expected = centered(an_input(torch.float32).repeat(1, 2, 1, 1))
         timm_aws.convert(centered, normalization)
-        assert _relative_error(centered(_input(torch.float32).repeat(1, 2, 1, 1)), expected.double()) < 1e-5
+        assert relative_error(centered(an_input(torch.float32).repeat(1, 2, 1, 1)), expected.double()) < 1e-5
     assert not recwarn
-    model = _calibrated(nn.Sequential(_conv(), nn.BatchNorm2d(8)), 1, 8, 9, 9)
+    model = calibrated(nn.Sequential(a_conv(), nn.BatchNorm2d(8)), 1, 8, 9, 9)
     with pytest.warns(UserWarning, match=f"is trained, and '{normalization}' changes the outputs of 1 of.*recalibrate"):
         timm_aws.convert(model, normalization)
-    model = nn.Sequential(_conv(), nn.GroupNorm(2, 8))
+    model = nn.Sequential(a_conv(), nn.GroupNorm(2, 8))
     nn.init.ones_(model[1].bias)
     with pytest.warns(UserWarning, match=f"is trained, and '{normalization}' changes the outputs of 1 of"):
         timm_aws.convert(model, normalization)
 
 
 def test_a_network_of_ours_keeps_what_it_computes_from_ws_to_wn_and_back():
-    model = _calibrated(timm.create_model('test_ws_resnet'), 1, 3, 64, 64).double()
+    model = calibrated(timm.create_model('test_ws_resnet'), 1, 3, 64, 64).double()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     expected = model(x).detach()
     for normalization in ('wn', 'cwn', 'ws'):
         timm_aws.convert(model, normalization)
         assert set(timm_aws.normalized_weights(model).values()) == {normalization}
-        assert _relative_error(model(x).detach(), expected) < 1e-10
-
-
-def _network_to_recalibrate():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-    return model.train()
-
-
-@pytest.mark.parametrize('as_batch', [lambda x: x, lambda x: (x, torch.zeros(4)), lambda x: [x.double(), {}]])
-def test_recalibrate_averages_the_statistics_of_batches(as_batch):
-    model = _network_to_recalibrate()
-    batches = torch.randn(3, 4, 3, 9, 9)
-    with torch.no_grad():
-        model[1].running_mean.fill_(7)
-        assert timm_aws.recalibrate(model, map(as_batch, batches), batches=2) is model
-        outputs = [model[0](x) for x in batches[:2]]
-        variances, means = zip(*(torch.var_mean(y, (0, 2, 3)) for y in outputs))
-        torch.testing.assert_close(model[1].running_mean, sum(means) / 2)
-        torch.testing.assert_close(model[1].running_var, sum(variances) / 2)
-        # Without dropout, as in evaluation.
-        hidden = [F.batch_norm(y, None, None, training=True) for y in outputs]
-        torch.testing.assert_close(model[4].running_mean, sum(model[3](y).mean((0, 2, 3)) for y in hidden) / 2)
-    assert all(module.training for module in model.modules())
-    assert [model[1].momentum, model[4].momentum] == [0.1, 0.1]
-
-
-def test_recalibrate_leaves_frozen_norms_and_the_modes_of_everything():
-    model = _network_to_recalibrate()
-    model[1].eval()
-    frozen = copy.deepcopy(model[1].state_dict())
-
-    def loader():
-        yield torch.randn(4, 3, 9, 9)
-        raise OSError('no such image')
-
-    with pytest.raises(OSError, match='no such image'):
-        timm_aws.recalibrate(model, loader())
-    assert [module.training for module in model] == [True, False, True, True, True]
-    assert model[4].momentum == 0.1
-    assert all(torch.equal(value, frozen[name]) for name, value in model[1].state_dict().items())
-    assert model[4].running_mean.any()
-
-
-def test_recalibrate_refuses_what_it_cannot_do():
-    model = _network_to_recalibrate()
-    state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r'2 batch norms.*from no images'):
-        timm_aws.recalibrate(model, [])
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match='Conv2d has 0 batch norms'):
-        timm_aws.recalibrate(nn.Conv2d(3, 4, 3), [torch.randn(4, 3, 9, 9)])
-
-
-def test_recalibration_brings_a_converted_network_back():
-    """The filters have small means: what is left of the error is theirs."""
-    model = _calibrated(timm.create_model('test_resnet', num_classes=7), 1, 3, 64, 64)
-    images = torch.randn(16, 3, 64, 64)
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.ndim == 4:
-                param.sub_(0.9 * param.mean((1, 2, 3), keepdim=True))
-        timm_aws.recalibrate(model, [images])
-        expected = model.eval()(images).double()
-        with pytest.warns(UserWarning, match='is trained'):
-            timm_aws.convert(model, 'ws')
-        converted = _relative_error(model(images), expected)
-        timm_aws.recalibrate(model, [images])
-        assert _relative_error(model(images), expected) < 0.5 * converted
-
-
-def test_a_fold_that_raises_half_way_leaves_the_network_whole():
-    class Refuses(nn.Conv2d):
-        def fuse(self):
-            raise RuntimeError('not this one')
-
-    model = _calibrated(nn.Sequential(WSConv2d(4, 4, 3), nn.BatchNorm2d(4), Refuses(4, 4, 3)), 1, 4, 9, 9)
-    x = _input(torch.float32)
-    expected, layers = model(x), list(model)
-    with pytest.raises(RuntimeError, match='not this one'):
-        timm.utils.reparameterize_model(model, inplace=True)
-    assert list(model) == layers
-    assert torch.equal(model(x), expected)
-
-
-def test_folding_of_a_layer_under_two_names_and_of_a_pruned_one():
-    shared = WSConv2d(4, 4, 3, padding=1)
-    model = nn.Sequential(shared, nn.BatchNorm2d(4), shared, nn.BatchNorm2d(4), CWNConv2d(4, 4, 3), nn.BatchNorm2d(4))
-    nn.utils.prune.l1_unstructured(model[4], 'weight', 0.5)
-    nn.utils.prune.l1_unstructured(model[4], 'bias', 1)
-    with torch.no_grad():
-        _calibrated(model, 1, 4, 9, 9)
-        expected = model(_input(torch.float32)).double()
-        # A checkpoint that is loaded changes the parameter, not yet the weight that pruning makes of it.
-        state = copy.deepcopy(model.state_dict())
-        nn.init.normal_(model[4].weight_orig)
-    model(_input(torch.float32))
-    model.load_state_dict(state)
-    with torch.no_grad():
-        folded = timm.utils.reparameterize_model(model)
-        assert not timm_aws.normalized_weights(folded)
-        assert folded[0] is folded[2]
-        assert [type(m) for m in folded] == [nn.Conv2d, nn.BatchNorm2d] * 2 + [nn.Conv2d, nn.Identity]
-        assert _relative_error(folded(_input(torch.float32)), expected) < 1e-5
-        assert list(folded[4].state_dict()) == ['weight', 'bias']
+        assert relative_error(model(x).detach(), expected) < 1e-10

@@ -43,11 +43,11 @@ def convert(model: nn.Module, normalization: str) -> nn.Module:
     Raises:
         ValueError: If the normalization is unknown, or if there is nothing in the model to convert.
     """
-    get_normalization(normalization)  # raises where there is none
+    centered = get_normalization(normalization).centered  # raises where there is none
     pairs = {pair.conv: pair for pair in conv_norm_pairs(model)}
     reasons = _reasons_to_leave(model, pairs)
     trained = have_learned(model.get_submodule(pair.norm) for pair in pairs.values())
-    if trained and normalization == 'wn':
+    if trained and not centered:
         reasons = {name: reason or _hindrance(model, pairs[name]) for name, reason in reasons.items()}
     used = _used_filters(model, reasons) if trained else {}
     converted, left = normalize_convs(model, normalization, reasons)
@@ -164,7 +164,7 @@ def _used_filters(model: nn.Module, reasons: Mapping[str, str | None]) -> dict[s
         conv: Any = model.get_submodule(name)
         if reason is None and isinstance(conv, NormalizedConv2d):
             used[name] = conv.normalized_weight()
-            if conv.normalization != 'wn':
+            if get_normalization(conv.normalization).centered:
                 conv.weight.sub_(conv.weight.mean((1, 2, 3), keepdim=True))
         elif reason is None:
             used[name] = conv.weight

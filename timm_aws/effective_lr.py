@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from .optimizers import AwsAdam, AwsSGD
-from .rule import filter_length, shrink_factor
+from .rule import NORMALIZATIONS, filter_length, shrink_factor
 
 __all__ = [
     'angle_at',
+    'angle_between',
     'decay_as_lr',
     'effective_lr',
     'equilibrium_angle',
@@ -115,6 +116,25 @@ def equilibrium_angle(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     stepper = getattr(stepper, 'optim', stepper)  # that of one process, in a ZeroRedundancyOptimizer
     return {name: angle_at(stepper, group, filter_length(param, group['normalization']).flatten())
             for name, param, group in normalized_parameters(optimizer)}
+
+
+def angle_between(before: torch.Tensor, after: torch.Tensor, normalization: str) -> torch.Tensor:
+    """Measures by how much each filter has turned.
+
+    Args:
+        before: Weight, (out_channels, ...).
+        after: The same weight later.
+        normalization: 'ws', 'wn' or 'cwn'; filters are centered where their layer centers them.
+
+    Returns:
+        Angles in radians, (out_channels,).
+    """
+    pair = [weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32)) for weight in (before, after)]
+    if NORMALIZATIONS[normalization].centered:
+        pair = [weight - weight.mean(1, keepdim=True) for weight in pair]
+    first, second = (torch.nn.functional.normalize(weight, dim=1) for weight in pair)
+    # From the chord: the arc cosine has no digits left at the angles of one step.
+    return 2 * torch.asin((first - second).norm(dim=1).div(2).clamp(max=1))
 
 
 def angle_at(optimizer: torch.optim.Optimizer, group: dict[str, Any], length: torch.Tensor) -> torch.Tensor:

@@ -172,7 +172,7 @@ class ShrinkGroups(torch.optim.Optimizer):
         return loss
 
     def _shrink_and_update(self) -> None:
-        """Takes the step of an optimizer that this is mixed into."""
+        """Shrinks and updates; each optimizer that this is mixed into has its own."""
         raise NotImplementedError
 
 

@@ -143,11 +143,11 @@ class _CoupledOrDecoupled(ShrinkGroups):
                     self.state[state.param][key] = matched
 
     def _states(self, group: dict[str, Any]) -> list[_ParamState]:
-        """Returns the states of the group's parameters that have a gradient."""
+        """Returns the states of the group's parameters that have a gradient; AwsSGD and AwsAdam each have their own."""
         raise NotImplementedError
 
     def _update(self, group: dict[str, Any], part: list[_ParamState], weight_decay: float) -> None:
-        """Takes torch's own step, that of SGD or Adam."""
+        """Takes torch's own step, of SGD in AwsSGD and of Adam in AwsAdam."""
         raise NotImplementedError
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch.distributed.tensor import DTensor
 
-from .effective_lr import equilibrium_angle, normalized_parameters, unwrap
+from .effective_lr import angle_between, equilibrium_angle, normalized_parameters, unwrap
 from .rule import filter_length
 
 __all__ = ['COLUMNS', 'Recorder', 'read_rows']
@@ -107,7 +107,7 @@ class Recorder:
             row = (
                 torch.as_tensor(group['lr'], dtype=torch.float32, device=weight.device).reshape(()),
                 filter_length(start, group['normalization']).median(),
-                _angle(start, end, group['normalization']).median(),
+                angle_between(start, end, group['normalization']).median(),
                 _whole(equilibria[name]).median(),
             )
             rows.append(torch.stack(row))
@@ -182,13 +182,3 @@ def read_rows(path: Path) -> list[list[str]]:
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """Returns what all processes hold together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _angle(before: torch.Tensor, after: torch.Tensor, normalization: str) -> torch.Tensor:
-    """Returns the angle in radians between each filter before and after a step, centered where its norm centers it."""
-    pair = [weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32)) for weight in (before, after)]
-    if normalization != 'wn':
-        pair = [weight - weight.mean(1, keepdim=True) for weight in pair]
-    first, second = (torch.nn.functional.normalize(weight, dim=1) for weight in pair)
-    # From the chord: the arc cosine has no digits left at the angles of one step.
-    return 2 * torch.asin((first - second).norm(dim=1).div(2).clamp(max=1))

@@ -3,13 +3,12 @@ import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from outputs import BLACK, BLUE, GREEN, ORANGE, VERMILION, save_figure
+from outputs import BLACK, BLUE, GREEN, ORANGE, VERMILION
 
 from .grid import LIFETIME_OTHER_DECAY, SGD_LR, Cell, Preset, cells_of
 from .report import final_accuracy, has_failed, interval, markdown, seeds_of, setting, told_seeds, versions_of
@@ -168,19 +167,9 @@ def _spreads(lines: Lines, rows: list[Cell]) -> str:
         map(row, (cell for cell in rows if any('still' in line for line in seeds_of(lines, cell)))))
 
 
-def figures(lines: Lines, preset: Preset, folder: Path) -> list[Path]:
-    """Draws every figure, as far as the trainings are there, as PNG and SVG.
-
-    Args:
-        lines: The finished trainings.
-        preset: Their preset.
-        folder: Where to put them.
-
-    Returns:
-        The files.
-    """
-    drawn = {'dying': _dying(lines), 'strengths': _strengths(lines), 'spreads': _spread_map(lines)}
-    return [path for name, figure in drawn.items() if figure for path in save_figure(figure, folder / name)]
+def figures(lines: Lines, preset: Preset) -> dict[str, Figure | None]:
+    """Draws every figure; None where trainings are missing."""
+    return {'dying': _dying(lines), 'strengths': _strengths(lines), 'spreads': _spread_map(lines)}
 
 
 def _dying(lines: Lines) -> Figure | None:

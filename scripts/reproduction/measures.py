@@ -1,7 +1,8 @@
 """What is measured of filters: which are dead, and by how much a step turns them."""
 import torch
 
-from timm_aws.rule import NORMALIZATIONS, filter_length
+from timm_aws.effective_lr import angle_between
+from timm_aws.rule import filter_length
 
 __all__ = ['DEAD', 'are_dead', 'turned']
 
@@ -24,10 +25,4 @@ def turned(before: torch.Tensor, after: torch.Tensor, normalization: str) -> tor
     Returns:
         Angles in radians, (out_channels,); NaN for dead filters, which have no direction.
     """
-    first, second = before.flatten(1), after.flatten(1)
-    if NORMALIZATIONS[normalization].centered:
-        first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
-    first, second = first / first.norm(dim=1, keepdim=True), second / second.norm(dim=1, keepdim=True)
-    # Not the arc cosine, which has no digits left at the angles of one step.
-    angles = 2 * torch.atan2((first - second).norm(dim=1), (first + second).norm(dim=1))
-    return angles.where(~(are_dead(before) | are_dead(after)), torch.nan)
+    return angle_between(before, after, normalization).where(~(are_dead(before) | are_dead(after)), torch.nan)

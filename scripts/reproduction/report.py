@@ -5,7 +5,6 @@ A failed training stands in the tables as failed.
 import statistics
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from outputs import BLACK, BLUE, GREEN, VERMILION, save_figure
+from outputs import BLACK, BLUE, GREEN, VERMILION
 
 from timm_aws.plot import add_layer_bar, layer_colors
 
@@ -310,24 +309,14 @@ def _square(lines: Lines, rule: str, strength: float) -> list[dict[str, Any] | N
         lines.get(Cell('resnet10', 'ws', rule, lr, strength, scale)) for lr in POLICY_LRS for scale in POLICY_SCALES]
 
 
-def figures(lines: Lines, preset: Preset, folder: Path) -> list[Path]:
-    """Draws every figure whose trainings are there, as PNG and SVG.
-
-    Args:
-        lines: The finished trainings.
-        preset: Their preset.
-        folder: Where to put them.
-
-    Returns:
-        The files.
-    """
-    drawn = {
+def figures(lines: Lines, preset: Preset) -> dict[str, Figure | None]:
+    """Draws every figure; None where trainings are missing."""
+    return {
         'fig1': _fig1(lines), 'fig2': _effective_lrs(lines, (('l2', 0.), ('l2', TYPICAL_DECAY))),
         'fig4': _effective_lrs(lines, (('aws', TYPICAL_ALPHA),)),
         'fig5': _fig56(lines, 'l2', TYPICAL_DECAY), 'fig6': _fig56(lines, 'aws', TYPICAL_ALPHA),
         'policies': _heat_maps(lines, preset),
     }
-    return [path for name, figure in drawn.items() if figure for path in save_figure(figure, folder / name)]
 
 
 def _fig1(lines: Lines) -> Figure | None:
