@@ -11,9 +11,9 @@ decay makes it shorter. Let `turn` be the angle of a step that follows gradients
 until turn and balance are equal, if gradients of different steps are independent. Nobody knows c before a run. It is
 measured at the initialization on 8 images of noise of 32 px with random labels, and scaled to the run's batch and
 image size as gradients of noise are, by 1 / sqrt(images) and 1 / size. Norm weights of 0, at the end of residual
-branches, hold gradients back and are taken as 0.2, their size in the trained ws_resnet50. Training finds places with
-smaller gradients: half of c is taken, between the 0.8 of it in the training of ws_resnet18 on Tiny-ImageNet and the 0.2
-in scripts/results/reproduce_cpu.jsonl under a strong shrink. A factor of 2 in c is one of 1.4 in the length under
+branches, hold gradients back and are taken as 0.2, about their mean in ws_resnet50_aws. Training finds places with
+smaller gradients: half of c is taken, between all of it at the start and the 0.2 of it under a strong shrink in
+scripts/results/reproduce_cpu.jsonl. A factor of 2 in c is one of 1.4 in the length under
 weight decay and of 1.3 under AWS; in the angle it is none and 1.15.
 """
 import argparse
