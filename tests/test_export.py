@@ -104,6 +104,18 @@ def test_number_of_classes_stands_in_one_place(checkpoint_folder):
     assert timm.create_model(f'local-dir:{checkpoint_folder}').num_classes == 4
 
 
+def test_transformers_loads_an_export(checkpoint_folder, monkeypatch):
+    from transformers import AutoModelForImageClassification
+
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForImageClassification.from_pretrained(checkpoint_folder).eval()
+    ours = timm.create_model(f'local-dir:{checkpoint_folder}', pretrained=True).eval()
+    with torch.inference_mode():
+        assert torch.equal(theirs(images).logits, ours(images))
+    assert theirs.config.id2label[2] == 'n2'
+
+
 def test_images_may_be_of_another_size_than_in_training(train_run, tmp_path):
     main(['export', str(train_run()), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit',
           '--img-size', '64'])
