@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from reproduce import cell_of, pending, read_lines
-from reproduction import lifetime_report, report
+from reproduction import lifetime_report, precision_report, report
 from reproduction.grid import EXPERIMENTS, PRESETS, SUITES, Cell, cells_of
 from reproduction.images import augment, patterns
 from reproduction.rules import RULES, make_optimizer
@@ -34,10 +34,10 @@ def test_smoke_runs_everything_and_goes_on_where_it_was_cut_off(tmp_path):
     reproduce('run', 'all', '--preset', 'smoke', '--out', tmp_path)
     path = tmp_path / 'reproduce_smoke.jsonl'
     lines = read_lines(path)
-    assert pending(SUITES['reproduce'], PRESETS['smoke'], lines) == []
-    assert pending(SUITES['lifetime'], PRESETS['smoke'], read_lines(tmp_path / 'lifetime_smoke.jsonl')) == []
+    for suite in SUITES:
+        assert pending(SUITES[suite], PRESETS['smoke'], read_lines(tmp_path / f'{suite}_smoke.jsonl')) == []
     before = report_of(tmp_path)
-    assert set(before) == {'reproduce_smoke.md', 'lifetime_smoke.md', *(
+    assert set(before) == {'reproduce_smoke.md', 'lifetime_smoke.md', 'precision_smoke.md', *(
         f'{name}.{suffix}' for suffix in ('png', 'svg') for name in (
             'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies', 'dying', 'strengths', 'spreads'))}
     assert report_of(tmp_path) == before, 'the same lines make the same report, byte for byte'
@@ -174,6 +174,14 @@ def test_rules_shrink_the_filters_as_their_equations_say():
         assert torch.allclose(after, before * (1 - 0.1 * 0.5 * std), rtol=1e-5, atol=1e-9)
 
 
+def test_float16_trains_under_autocast_and_a_scaled_loss():
+    lines = {precision: train_cell(Cell('narrow10', 'ws', 'l2', 0.1, 1e-2, precision=precision), TASK, patterns(16))
+             for precision in ('float32', 'bfloat16', 'float16')}
+    assert [line['loss_scale'] for line in lines.values()] == [1., 1., 2. ** 16]
+    lengths = [line['lengths'][-1] for line in lines.values()]
+    assert lengths[0] != lengths[1] != lengths[2] and lengths[0] == pytest.approx(lengths[2], rel=1e-2)
+
+
 def test_seeds_of_one_setting_are_told_as_mean_and_deviation_and_a_failed_one_is_shown():
     cell = Cell('resnet10', 'ws', 'l2', 0.1, 1e-2, 20.)
 
@@ -189,7 +197,8 @@ def test_seeds_of_one_setting_are_told_as_mean_and_deviation_and_a_failed_one_is
     assert report.told_seeds(report.seeds_of(other, cell)) == 'not run'
 
 
-@pytest.mark.parametrize(('suite', 'reporter'), [('reproduce', report), ('lifetime', lifetime_report)])
+@pytest.mark.parametrize(('suite', 'reporter'), list(
+    zip(SUITES, (report, lifetime_report, precision_report))))
 def test_committed_tables_are_those_of_the_committed_lines(suite, reporter):
     lines = read_lines(SCRIPTS / 'results' / f'{suite}_cpu.jsonl')
     assert reporter.tables(lines, PRESETS['cpu']) == (SCRIPTS / 'results' / f'{suite}_cpu.md').read_text()

@@ -10,8 +10,8 @@ from typing import Any
 from timm.models.resnet import BasicBlock, Bottleneck
 
 __all__ = [
-    'EXPERIMENTS', 'LIFETIME', 'NETWORKS', 'NETWORK_BUDGET', 'PRESETS', 'SUITES', 'Cell', 'Preset', 'Task', 'cells_of',
-    'task_of', 'tuned_on_network', 'tuned_strength',
+    'EXPERIMENTS', 'LIFETIME', 'NETWORKS', 'NETWORK_BUDGET', 'PRECISIONS', 'PRECISION_LAYERS', 'PRESETS', 'SUITES',
+    'Cell', 'Preset', 'Task', 'cells_of', 'task_of', 'tuned_on_network', 'tuned_strength',
 ]
 
 _DEEP: dict[str, Any] = {'block': Bottleneck, 'channels': (8, 16, 32, 64), 'stem_width': 32}
@@ -54,6 +54,7 @@ class Preset:
     Attributes:
         short: Task of the paper's tables and figures.
         long: Task of `lifetime`.
+        brief: Task of `precision`.
         thin: Take every so many-th value of each sweep, ends included.
         backbones: Networks of table 3.
         seeds: Seeds of each network in table 3.
@@ -64,6 +65,7 @@ class Preset:
     """
     short: Task
     long: Task
+    brief: Task
     thin: int
     backbones: tuple[str, ...]
     seeds: int
@@ -75,16 +77,18 @@ class Preset:
 
 _ALL_BACKBONES = tuple(name for name in NETWORKS if name not in ('resnet10', 'narrow10'))
 _LONG = Task(16, every=20, batch_size=32, epochs=25, epoch_steps=600)
+_BRIEF = Task(16, every=20, batch_size=32, epochs=5, epoch_steps=120)
 PRESETS = {
     'smoke': Preset(
-        Task(16, every=0, batch_size=128, epochs=2), Task(16, every=0, batch_size=32, epochs=4, epoch_steps=6), thin=6,
-        backbones=('resnet50',), seeds=1, scale_seeds=1, fresh_seeds=1, life_seeds=1, life_blocks=1),
+        Task(16, every=0, batch_size=128, epochs=2), Task(16, every=0, batch_size=32, epochs=4, epoch_steps=6),
+        Task(16, every=0, batch_size=32, epochs=1, epoch_steps=4), thin=6, backbones=('resnet50',), seeds=1,
+        scale_seeds=1, fresh_seeds=1, life_seeds=1, life_blocks=1),
     'cpu': Preset(
-        Task(32, every=10, batch_size=128, epochs=10), _LONG, thin=1, backbones=_ALL_BACKBONES, seeds=1, scale_seeds=3,
-        fresh_seeds=2, life_seeds=3),
+        Task(32, every=10, batch_size=128, epochs=10), _LONG, _BRIEF, thin=1, backbones=_ALL_BACKBONES, seeds=1,
+        scale_seeds=3, fresh_seeds=2, life_seeds=3),
     'gpu': Preset(
-        Task(32, every=5, batch_size=128, epochs=10), _LONG, thin=1, backbones=_ALL_BACKBONES, seeds=3, scale_seeds=3,
-        fresh_seeds=3, life_seeds=3),
+        Task(32, every=5, batch_size=128, epochs=10), _LONG, _BRIEF, thin=1, backbones=_ALL_BACKBONES, seeds=3,
+        scale_seeds=3, fresh_seeds=3, life_seeds=3),
 }
 
 
@@ -102,6 +106,7 @@ class Cell:
         seed: Seed of initialization, order and augmentation.
         other_decay: Weight decay of norm weights and classifier.
         decay_until: Share of the epochs after which nothing decays or shrinks any more, under L2, sgdw and AWS.
+        precision: 'float32', or the type of autocast: 'bfloat16', or 'float16' with a GradScaler.
     """
     network: str
     normalization: str
@@ -112,6 +117,7 @@ class Cell:
     seed: int = 0
     other_decay: float = 1e-4
     decay_until: float = 1.
+    precision: str = 'float32'
 
     def settings(self) -> dict[str, Any]:
         return asdict(self)
@@ -143,6 +149,10 @@ TYPICAL_DECAY, TYPICAL_ALPHA = 1e-2, 0.25
 # The same decay at the std of 0.13 that the filters of table 3's narrow networks start with.
 NARROW_ALPHA = 0.075
 LIFETIME_OTHER_DECAY = 1e-3
+# Table 1 again: at which decay exponent what fails, with whose layer and in which precision.
+PRECISIONS = ('float32', 'bfloat16', 'float16')
+PRECISION_LAYERS = ('ws', 'ws_published', 'none')
+PRECISION_DECAYS = (1e-2, 1e-1, 1., 10., 100.)
 
 
 def _long(normalization: str, rule: str, *strengths: float, lr: float = SGD_LR, **options: float) -> list[Cell]:
@@ -155,7 +165,8 @@ def _long(normalization: str, rule: str, *strengths: float, lr: float = SGD_LR, 
 LIFETIME = (
     # What kills filters and what does not.
     [*_long('ws', 'l2', 1e-2), *_long('ws', 'aws', 0.25), *_long('none', 'l2', 1e-2), *_long('ws', 'l2', 1e-3),
-     *_long('ws_published', 'l2', 1e-2), *_long('ws', 'aws', 0.025), *_long('ws', 'none', 0.)],
+     *_long('ws_published', 'l2', 1e-2), *_long('ws', 'aws', 0.025), *_long('ws', 'none', 0.),
+     *_long('none', 'aws', 1e-2)],
     # Strengths over five decades.
     [*_long('ws', 'l2', 1e-1, 1e-4, 1e-5), *_long('ws', 'aws', 2.5, 2.5e-3, 2.5e-4),
      *_long('ws_published', 'l2', 1e-1)],
@@ -268,17 +279,25 @@ def _lifetime(preset: Preset) -> Iterable[Cell]:
             yield from (replace(cell, seed=seed) for cell in block)
 
 
+def _precision(preset: Preset) -> Iterable[Cell]:
+    for decay in _thin(PRECISION_DECAYS, preset.thin):
+        for normalization in PRECISION_LAYERS:
+            for precision in PRECISIONS:
+                yield Cell('narrow10', normalization, 'l2', SGD_LR, decay, precision=precision)
+
+
 # The experiments, by the file that their trainings are in.
 SUITES = {
     'reproduce': ('table1', 'table2', 'table3', 'table3_tuned', 'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies'),
     'lifetime': ('lifetime',),
+    'precision': ('precision',),
 }
 EXPERIMENTS = tuple(name for suite in SUITES.values() for name in suite)
 
 
 def task_of(suite: str, preset: Preset) -> Task:
     """Returns what the trainings of a suite train on."""
-    return preset.long if suite == 'lifetime' else preset.short
+    return {'reproduce': preset.short, 'lifetime': preset.long, 'precision': preset.brief}[suite]
 
 
 def cells_of(experiment: str, preset: Preset, accuracy: dict[Cell, float]) -> list[Cell]:
@@ -305,5 +324,6 @@ def cells_of(experiment: str, preset: Preset, accuracy: dict[Cell, float]) -> li
         'fig6': lambda: _initializations(preset, 'aws', TYPICAL_ALPHA),
         'policies': lambda: _policies(preset, accuracy),
         'lifetime': lambda: _lifetime(preset),
+        'precision': lambda: _precision(preset),
     }[experiment]()
     return list(dict.fromkeys(made))

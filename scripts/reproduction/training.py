@@ -40,8 +40,8 @@ def train_cell(cell: Cell, task: Task, images: Images) -> dict[str, Any]:
         layer the medians of filter lengths and effective learning rates before it, and after it the numbers of filters
         that are dead, that had no gradient in its last steps, of both kinds at once, and of norm weights below 1e-6;
         for the filters that had a gradient then, the angles of these steps and the effective learning rates; the
-        shortest std of a filter after each epoch; and the first step with a loss or weight that is not finite, where
-        the training ends.
+        shortest std of a filter after each epoch; the scale of the loss at the end; and the first step with a loss or
+        weight that is not finite, where the training ends.
     """
     torch.manual_seed(cell.seed)
     model = _build(cell, images.num_classes).to(images.train.device, memory_format=torch.channels_last)
@@ -51,6 +51,7 @@ def train_cell(cell: Cell, task: Task, images: Images) -> dict[str, Any]:
     milestones = [round(task.epochs * steps * share) for share in (0.3, 0.6, 0.9)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
     generator = torch.Generator().manual_seed(cell.seed)
+    precision = _Precision(cell.precision, images.train.device.type)
     record: dict[str, Any] = {
         **cell.settings(), 'title': RULES[cell.rule].title,
         'decay_exponent': _decay_exponent(cell, task.epochs * steps, milestones),
@@ -65,16 +66,18 @@ def train_cell(cell: Cell, task: Task, images: Images) -> dict[str, Any]:
                 group.update(weight_decay=0., alpha=0.)
         _record_lengths(record, optimizer)
         last = _LastSteps(weights_of(model).values(), normalization)
-        done, correct = _train_epoch(model, optimizer, schedule, images, task.batch_size, steps, generator, last)
+        done, correct = _train_epoch(
+            model, optimizer, schedule, images, task.batch_size, steps, generator, last, precision)
         record['train_accuracy'].append(_percent(correct, steps * task.batch_size))
         if done < steps or not all(param.isfinite().all() for param in model.parameters()):
             record['first_nonfinite_step'] = epoch * steps + done
             break
-        record['val_accuracy'].append(_validate(model, images))
+        record['val_accuracy'].append(_validate(model, images, precision))
         _record_filters(record, model, last, optimizer.param_groups[0]['lr'])
     weights = weights_of(model)
     return {**record, 'layers': list(weights), 'filters': [len(weight) for weight in weights.values()],
-            'steps': task.epochs * steps, 'seconds': round(time.perf_counter() - start, 1)}
+            'loss_scale': precision.scaler.get_scale(), 'steps': task.epochs * steps,
+            'seconds': round(time.perf_counter() - start, 1)}
 
 
 def _build(cell: Cell, num_classes: int) -> ResNet:
@@ -89,6 +92,18 @@ def _build(cell: Cell, num_classes: int) -> ResNet:
         for weight in weights_of(model).values():
             weight.mul_(cell.scale)
     return model
+
+
+class _Precision:
+    """Runs the network in a precision and takes its steps, under a GradScaler in float16."""
+
+    def __init__(self, name: str, device: str) -> None:
+        self._device, self._dtype = device, getattr(torch, name)
+        self.scaler = torch.amp.GradScaler(device, enabled=name == 'float16')
+
+    def logits(self, model: ResNet, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self._device, self._dtype, enabled=self._dtype != torch.float32):
+            return model(normalize(images)).float()
 
 
 class _LastSteps:
@@ -138,6 +153,7 @@ def _train_epoch(
         steps: int,
         generator: torch.Generator,
         last: _LastSteps,
+        precision: _Precision,
 ) -> tuple[int, float]:
     """Takes the steps of an epoch, up to the first loss that is not finite; returns their number and the hits."""
     model.train()
@@ -145,16 +161,17 @@ def _train_epoch(
     order = torch.cat([torch.randperm(len(images.train), generator=generator) for _ in range(passes)])
     correct = torch.zeros((), device=images.train.device)
     for step, batch in enumerate(order.to(images.train.device).split(batch_size)[:steps]):
-        logits = model(normalize(augment(images.train[batch], generator)))
+        logits = precision.logits(model, augment(images.train[batch], generator))
         loss = F.cross_entropy(logits, images.train_labels[batch])
         if step % 10 == 0 and not loss.isfinite():  # looked at now and then: a GPU has to be waited for
             return step, correct.item()
         optimizer.zero_grad()
-        loss.backward()
+        precision.scaler.scale(loss).backward()
         measured = step >= steps - _LAST_STEPS
         if measured:
             last.begin()
-        optimizer.step()
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
         if measured:
             last.end()
         schedule.step()
@@ -163,9 +180,9 @@ def _train_epoch(
 
 
 @torch.inference_mode()
-def _validate(model: ResNet, images: Images) -> float:
+def _validate(model: ResNet, images: Images, precision: _Precision) -> float:
     model.eval()
-    hits = sum((model(normalize(batch)).argmax(1) == labels).sum().item()
+    hits = sum((precision.logits(model, batch).argmax(1) == labels).sum().item()
                for batch, labels in zip(images.val.split(500), images.val_labels.split(500)))
     return _percent(hits, len(images.val))
 
