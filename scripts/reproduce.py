@@ -4,10 +4,10 @@
     python scripts/reproduce.py report --preset cpu                          # tables and figures from what is there
 
 `run` adds one line of JSON for each finished training to reproduce_PRESET.jsonl in scripts/results, or for those of
-`lifetime` and `precision` to lifetime_PRESET.jsonl and precision_PRESET.jsonl. It can be stopped at any moment. Presets: `smoke`, made-up patterns
-and a few steps, to try the scripts (no --data); `cpu`, twenty classes of Tiny-ImageNet-200 at 32 px, ten at 16 px for
-`lifetime` and `precision`; `gpu`, forty classes, and three seeds in table 3 as well. reproduction/grid.py lists the trainings of each
-table and figure.
+`lifetime` and `precision` to lifetime_PRESET.jsonl and precision_PRESET.jsonl. It can be stopped at any moment.
+Presets: `smoke`, made-up patterns and a few steps, to try the scripts (no --data); `cpu`, twenty classes of
+Tiny-ImageNet-200 at 32 px, ten at 16 px for `lifetime` and `precision`; `gpu`, forty classes, and three seeds in
+table 3 as well. reproduction/grid.py lists the trainings of each table and figure.
 """
 import argparse
 import json
