@@ -3,11 +3,11 @@
     python scripts/reproduce.py run all --preset cpu --data tiny-imagenet    # trains what is not yet there
     python scripts/reproduce.py report --preset cpu                          # tables and figures from what is there
 
-`run` adds one line of JSON for each finished training to reproduce_PRESET.jsonl in scripts/results, or for those of
-`lifetime` and `precision` to lifetime_PRESET.jsonl and precision_PRESET.jsonl. It can be stopped at any moment.
-Presets: `smoke`, made-up patterns and a few steps, to try the scripts (no --data); `cpu`, twenty classes of
-Tiny-ImageNet-200 at 32 px, ten at 16 px for `lifetime` and `precision`; `gpu`, forty classes, and three seeds in
-table 3 as well. reproduction/grid.py lists the trainings of each table and figure.
+`run` adds one line of JSON for each finished training to a file in scripts/results: those of `lifetime`, `precision`
+and `rules` to lifetime_PRESET.jsonl and so on, those of the paper's tables and figures to reproduce_PRESET.jsonl. It
+can be stopped at any moment. Presets: `smoke`, made-up patterns and a few steps, to try the scripts (no --data); `cpu`,
+twenty classes of Tiny-ImageNet-200 at 32 px, or ten at 16 px for what is not in the paper; `gpu`, forty classes, and
+three seeds in table 3 as well. reproduction/grid.py lists the trainings of each table and figure.
 """
 import argparse
 import json
@@ -125,10 +125,10 @@ def _about(options: argparse.Namespace, images: Images) -> dict[str, Any]:
 
 def report(options: argparse.Namespace) -> None:
     """Writes the tables and draws the figures of a preset."""
-    from reproduction import lifetime_report, precision_report, report  # need matplotlib
+    from reproduction import lifetime_report, precision_report, report, rules_report  # need matplotlib
 
     preset = PRESETS[options.preset]
-    for suite, reporter in zip(SUITES, (report, lifetime_report, precision_report)):
+    for suite, reporter in zip(SUITES, (report, lifetime_report, precision_report, rules_report)):
         lines = read_lines(options.out / f'{suite}_{options.preset}.jsonl')
         path = options.out / f'{suite}_{options.preset}.md'
         write(path, reporter.tables(lines, preset))

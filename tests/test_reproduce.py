@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from reproduce import cell_of, pending, read_lines
-from reproduction import lifetime_report, precision_report, report
+from reproduction import lifetime_report, precision_report, report, rules_report
 from reproduction.grid import EXPERIMENTS, PRESETS, SUITES, Cell, cells_of
 from reproduction.images import augment, patterns
 from reproduction.rules import RULES, make_optimizer
@@ -37,9 +37,9 @@ def test_smoke_runs_everything_and_goes_on_where_it_was_cut_off(tmp_path):
     for suite in SUITES:
         assert pending(SUITES[suite], PRESETS['smoke'], read_lines(tmp_path / f'{suite}_smoke.jsonl')) == []
     before = report_of(tmp_path)
-    assert set(before) == {'reproduce_smoke.md', 'lifetime_smoke.md', 'precision_smoke.md', *(
+    assert set(before) == {'reproduce_smoke.md', 'lifetime_smoke.md', 'precision_smoke.md', 'rules_smoke.md', *(
         f'{name}.{suffix}' for suffix in ('png', 'svg') for name in (
-            'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies', 'dying', 'strengths', 'spreads'))}
+            'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies', 'dying', 'strengths', 'spreads', 'maps'))}
     assert report_of(tmp_path) == before, 'the same lines make the same report, byte for byte'
     texts = path.read_text().splitlines(keepends=True)
     path.write_text(''.join(texts[:-2]) + texts[-2][:100])  # two are missing, the first of them was being written
@@ -82,6 +82,19 @@ def test_policies_are_tuned_before_they_are_compared():
     assert {cell.strength for cell in square} == {1e-2}
     assert {(cell.lr, cell.scale) for cell in square} == {
         (lr, scale) for lr in (0.01, 0.1, 1.) for scale in (0.01, 1., 100.)} - {(0.1, 1.)}
+
+
+def test_every_rule_is_tuned_on_one_seed_and_mapped_with_three():
+    preset = PRESETS['cpu']
+    tuning = cells_of('rules', preset, {})
+    assert {(cell.lr, cell.scale, cell.seed) for cell in tuning} == {(0.1, 1., 0)}
+    mine = [cell for cell in tuning if (cell.normalization, cell.rule) == ('none', 'aws')]
+    accuracy = {cell: 20. if cell.strength == 1e-2 else 10. for cell in mine}
+    found = [cell for cell in cells_of('rules', preset, accuracy) if cell not in tuning]
+    assert {(cell.normalization, cell.rule, cell.strength) for cell in found} == {('none', 'aws', 1e-2)}
+    assert {(cell.lr, cell.scale, cell.seed) for cell in found} == {
+        (lr, scale, seed) for lr in (0.01, 0.03, 0.1, 0.3, 1.) for scale in (0.01, 1., 100.) for seed in range(3)
+    } - {(0.1, 1., 0)}
 
 
 def test_networks_are_tuned_on_one_seed_and_measured_with_others():
@@ -198,7 +211,7 @@ def test_seeds_of_one_setting_are_told_as_mean_and_deviation_and_a_failed_one_is
 
 
 @pytest.mark.parametrize(('suite', 'reporter'), list(
-    zip(SUITES, (report, lifetime_report, precision_report))))
+    zip(SUITES, (report, lifetime_report, precision_report, rules_report))))
 def test_committed_tables_are_those_of_the_committed_lines(suite, reporter):
     lines = read_lines(SCRIPTS / 'results' / f'{suite}_cpu.jsonl')
     assert reporter.tables(lines, PRESETS['cpu']) == (SCRIPTS / 'results' / f'{suite}_cpu.md').read_text()

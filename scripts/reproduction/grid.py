@@ -10,8 +10,9 @@ from typing import Any
 from timm.models.resnet import BasicBlock, Bottleneck
 
 __all__ = [
-    'EXPERIMENTS', 'LIFETIME', 'NETWORKS', 'NETWORK_BUDGET', 'PRECISIONS', 'PRECISION_LAYERS', 'PRESETS', 'SUITES',
-    'Cell', 'Preset', 'Task', 'cells_of', 'task_of', 'tuned_on_network', 'tuned_strength',
+    'EXPERIMENTS', 'LIFETIME', 'NETWORKS', 'NETWORK_BUDGET', 'PRECISIONS', 'PRECISION_LAYERS', 'PRESETS', 'RULE_LRS',
+    'RULE_SCALES', 'SUITES', 'Cell', 'Preset', 'Task', 'cells_of', 'compared_rules', 'rule_map', 'task_of',
+    'tuned_on_network', 'tuned_rule', 'tuned_strength',
 ]
 
 _DEEP: dict[str, Any] = {'block': Bottleneck, 'channels': (8, 16, 32, 64), 'stem_width': 32}
@@ -54,14 +55,15 @@ class Preset:
     Attributes:
         short: Task of the paper's tables and figures.
         long: Task of `lifetime`.
-        brief: Task of `precision`.
+        brief: Task of `precision` and `rules`.
         thin: Take every so many-th value of each sweep, ends included.
         backbones: Networks of table 3.
         seeds: Seeds of each network in table 3.
-        scale_seeds: Seeds of each initialization in figures 5 and 6.
+        scale_seeds: Seeds of each initialization in figures 5 and 6, and of each cell of `rules`.
         fresh_seeds: Seeds that the tuned strengths of table 3 are measured with, beside the one they were tuned on.
         life_seeds: Seeds of each row of `lifetime`.
         life_blocks: Blocks of rows of `lifetime`; None for all.
+        compared: How many of the rules of `rules`; None for all.
     """
     short: Task
     long: Task
@@ -73,6 +75,7 @@ class Preset:
     fresh_seeds: int
     life_seeds: int
     life_blocks: int | None = None
+    compared: int | None = None
 
 
 _ALL_BACKBONES = tuple(name for name in NETWORKS if name not in ('resnet10', 'narrow10'))
@@ -82,7 +85,7 @@ PRESETS = {
     'smoke': Preset(
         Task(16, every=0, batch_size=128, epochs=2), Task(16, every=0, batch_size=32, epochs=4, epoch_steps=6),
         Task(16, every=0, batch_size=32, epochs=1, epoch_steps=4), thin=6, backbones=('resnet50',), seeds=1,
-        scale_seeds=1, fresh_seeds=1, life_seeds=1, life_blocks=1),
+        scale_seeds=1, fresh_seeds=1, life_seeds=1, life_blocks=1, compared=2),
     'cpu': Preset(
         Task(32, every=10, batch_size=128, epochs=10), _LONG, _BRIEF, thin=1, backbones=_ALL_BACKBONES, seeds=1,
         scale_seeds=3, fresh_seeds=2, life_seeds=3),
@@ -153,6 +156,28 @@ LIFETIME_OTHER_DECAY = 1e-3
 PRECISIONS = ('float32', 'bfloat16', 'float16')
 PRECISION_LAYERS = ('ws', 'ws_published', 'none')
 PRECISION_DECAYS = (1e-2, 1e-1, 1., 10., 100.)
+# Every rule, with WS and two without: five strengths each, a decade apart or half of one where it is a length. An
+# exponent of 20 is L2 0.1 here; decoupled decay takes ten times that.
+RULE_BUDGETS = {
+    ('ws', 'l2'): (1e-4, 1e-3, 1e-2, 1e-1, 1.),
+    ('ws', 'aws'): (1e-3, 1e-2, 1e-1, 1., 10.),
+    ('ws', 'none'): (0.,),
+    ('ws', 'aws_decoupled'): (1e-2, 1e-1, 1., 10., 100.),
+    ('ws', 'aws_by_layer'): (1e-4, 1e-3, 1e-2, 1e-1, 1.),
+    ('ws', 'sgdw'): (1e-3, 1e-2, 1e-1, 1., 10.),
+    ('ws', 'shifted'): (1e-4, 1e-3, 1e-2, 1e-1, 1.),
+    ('ws', 'sgdp'): (1e-4, 1e-3, 1e-2, 1e-1, 1.),
+    ('ws', 'sgdc'): (1e-3, 1e-2, 1e-1, 1., 10.),
+    ('ws', 'cautious'): (1e-3, 1e-2, 1e-1, 1., 10.),
+    ('ws', 'target'): (1e-3, 1e-2, 1e-1, 1., 10.),
+    ('ws', 'forced'): (0.01, 0.03, 0.1, 0.3, 1.),
+    ('ws', 'hyperball'): (0.01, 0.03, 0.1, 0.3, 1.),
+    ('ws', 'req'): (1e-4, 1e-3, 1e-2, 1e-1, 1.),
+    ('none', 'l2'): (1e-4, 1e-3, 1e-2, 1e-1, 1.),
+    ('none', 'aws'): (1e-4, 1e-3, 1e-2, 1e-1, 1.),
+}
+RULE_LRS = (0.01, 0.03, 0.1, 0.3, 1.)
+RULE_SCALES = (0.01, 1., 100.)
 
 
 def _long(normalization: str, rule: str, *strengths: float, lr: float = SGD_LR, **options: float) -> list[Cell]:
@@ -286,18 +311,49 @@ def _precision(preset: Preset) -> Iterable[Cell]:
                 yield Cell('narrow10', normalization, 'l2', SGD_LR, decay, precision=precision)
 
 
+def _rule_tuning(normalization: str, rule: str, preset: Preset) -> list[Cell]:
+    return [Cell('narrow10', normalization, rule, SGD_LR, strength)
+            for strength in _thin(RULE_BUDGETS[normalization, rule], preset.thin)]
+
+
+def compared_rules(preset: Preset) -> list[tuple[str, str]]:
+    """Lists normalization and rule of each row of `rules`."""
+    return list(RULE_BUDGETS)[:preset.compared]
+
+
+def tuned_rule(normalization: str, rule: str, preset: Preset, accuracy: dict[Cell, float]) -> Cell | None:
+    """Returns the training with the best strength of a rule in `rules`; None before all of its tuning is known."""
+    return _best(_rule_tuning(normalization, rule, preset), accuracy)
+
+
+def rule_map(best: Cell, preset: Preset, seed: int) -> list[Cell]:
+    """Lists the trainings of a tuned rule at every learning rate, and of each at every initialization."""
+    return [replace(best, lr=lr, scale=scale, seed=seed)
+            for lr in _thin(RULE_LRS, preset.thin) for scale in _thin(RULE_SCALES, preset.thin)]
+
+
+def _rules(preset: Preset, accuracy: dict[Cell, float]) -> Iterable[Cell]:
+    for normalization, rule in compared_rules(preset):
+        yield from _rule_tuning(normalization, rule, preset)
+    best = [tuned_rule(*compared, preset, accuracy) for compared in compared_rules(preset)]
+    for seed in range(preset.scale_seeds):
+        for cell in best:
+            yield from rule_map(cell, preset, seed) if cell else ()
+
+
 # The experiments, by the file that their trainings are in.
 SUITES = {
     'reproduce': ('table1', 'table2', 'table3', 'table3_tuned', 'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies'),
     'lifetime': ('lifetime',),
     'precision': ('precision',),
+    'rules': ('rules',),
 }
 EXPERIMENTS = tuple(name for suite in SUITES.values() for name in suite)
 
 
 def task_of(suite: str, preset: Preset) -> Task:
     """Returns what the trainings of a suite train on."""
-    return {'reproduce': preset.short, 'lifetime': preset.long, 'precision': preset.brief}[suite]
+    return {'reproduce': preset.short, 'lifetime': preset.long}.get(suite, preset.brief)
 
 
 def cells_of(experiment: str, preset: Preset, accuracy: dict[Cell, float]) -> list[Cell]:
@@ -325,5 +381,6 @@ def cells_of(experiment: str, preset: Preset, accuracy: dict[Cell, float]) -> li
         'policies': lambda: _policies(preset, accuracy),
         'lifetime': lambda: _lifetime(preset),
         'precision': lambda: _precision(preset),
+        'rules': lambda: _rules(preset, accuracy),
     }[experiment]()
     return list(dict.fromkeys(made))
