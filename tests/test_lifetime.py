@@ -108,3 +108,16 @@ def test_training_records_every_filter_and_its_decay_can_end():
     assert freed['lengths'] == decayed['lengths'], 'both are from before the last epoch'
     assert freed['shortest'][0] == decayed['shortest'][0]
     assert freed['shortest'][1] > decayed['shortest'][1]
+
+
+def test_alpha_takes_over_from_decay():
+    task = Task(16, every=0, batch_size=16, epochs=2, epoch_steps=6)
+
+    def trained(rule, until, alpha=0.):
+        cell = Cell('narrow10', 'ws', rule, 0.1, 0.01, decay_until=until, then_alpha=alpha)
+        return train_cell(cell, task, patterns(16))
+
+    assert trained('l2_then_aws', 1.)['lengths'] == trained('l2', 1.)['lengths'], 'until then it is SGD with decay'
+    freed, weak, strong = (trained('l2_then_aws', 0.5, alpha) for alpha in (0., 1., 10.))
+    assert freed['shortest'][0] == weak['shortest'][0] == strong['shortest'][0]
+    assert freed['shortest'][1] > weak['shortest'][1] > strong['shortest'][1]

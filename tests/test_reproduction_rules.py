@@ -54,7 +54,7 @@ class Filter:
         mean = math.fsum(w) / len(w)
         if rule == 'none':
             return added(w, self.update(gradient), -lr)
-        if rule == 'l2':
+        if rule in ('l2', 'l2_then_aws'):
             return added(w, self.update(added(gradient, w, s)), -lr)
         if rule == 'sgdw':
             return added(scaled(w, 1 - lr * s), self.update(gradient), -lr)

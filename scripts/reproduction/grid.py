@@ -109,6 +109,7 @@ class Cell:
         seed: Seed of initialization, order and augmentation.
         other_decay: Weight decay of norm weights and classifier.
         decay_until: Share of the epochs after which nothing decays or shrinks any more, under L2, sgdw and AWS.
+        then_alpha: Alpha of AWS from then on, under l2_then_aws.
         precision: 'float32', or the type of autocast: 'bfloat16', or 'float16' with a GradScaler.
     """
     network: str
@@ -120,6 +121,7 @@ class Cell:
     seed: int = 0
     other_decay: float = 1e-4
     decay_until: float = 1.
+    then_alpha: float = 0.
     precision: str = 'float32'
 
     def settings(self) -> dict[str, Any]:
@@ -195,9 +197,11 @@ LIFETIME = (
     # Strengths over five decades.
     [*_long('ws', 'l2', 1e-1, 1e-4, 1e-5), *_long('ws', 'aws', 2.5, 2.5e-3, 2.5e-4),
      *_long('ws_published', 'l2', 1e-1)],
-    # Decay of norm weights and classifier: none, and as strong as that of the filters. What comes back without decay.
+    # Decay of norm weights and classifier: none, and as strong as that of the filters. What comes back without
+    # decay, or under AWS.
     [*_long('ws', 'l2', 1e-2, other_decay=0.), *_long('ws', 'l2', 1e-2, other_decay=1e-2),
-     *_long('ws', 'aws', 0.25, other_decay=1e-2), *_long('ws', 'l2', 1e-2, decay_until=0.2)],
+     *_long('ws', 'aws', 0.25, other_decay=1e-2), *_long('ws', 'l2', 1e-2, decay_until=0.2),
+     *_long('ws', 'l2_then_aws', 1e-2, decay_until=0.2, then_alpha=0.25)],
     # The other rules, at a strength that is about that of L2 1e-3.
     [*_long('ws', 'sgdw', 1e-2), *_long('ws', 'sgdp', 1e-2), *_long('ws', 'cautious', 1e-2),
      *_long('ws', 'target', 1e-2), *_long('ws', 'forced', 0.1), *_long('ws', 'hyperball', 0.1),

@@ -40,7 +40,8 @@ def _cell(normalization: str, rule: str, strength: float) -> Cell:
 
 def _title(cell: Cell) -> str:
     other = '' if cell.other_decay == LIFETIME_OTHER_DECAY else f', decay of the rest {cell.other_decay:g}'
-    until = '' if cell.decay_until == 1 else f', no decay after {100 * cell.decay_until:.0f} % of the steps'
+    end = f'AWS, α = {cell.then_alpha:g},' if cell.then_alpha else 'no decay'
+    until = '' if cell.decay_until == 1 else f', {end} after {100 * cell.decay_until:.0f} % of the steps'
     return f'{_NORMALIZATIONS[cell.normalization]}, {setting(cell.rule, cell.strength)}{other}{until}'
 
 

@@ -77,6 +77,12 @@ def _sgd(groups: Groups, lr: float, strength: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=lr, momentum=_MOMENTUM)
 
 
+def _decay_by_aws_sgd(groups: Groups, lr: float, strength: float) -> torch.optim.Optimizer:
+    """L2 decay by AwsSGD, which is torch's SGD while alpha is 0."""
+    groups[0]['weight_decay'] = strength
+    return timm_aws.AwsSGD(groups, lr=lr, momentum=_MOMENTUM)
+
+
 def _no_decay(groups: Groups, lr: float, strength: float) -> torch.optim.Optimizer:
     return _sgd(groups, lr, 0.)
 
@@ -121,6 +127,7 @@ def _aws_by_layer(groups: Groups, lr: float, strength: float) -> torch.optim.Opt
 RULES = {
     'none': Rule('no decay', _no_decay, None),
     'l2': Rule('L2, SGD', _sgd, 1 / (1 - _MOMENTUM)),
+    'l2_then_aws': Rule('L2, SGD', _decay_by_aws_sgd, 1 / (1 - _MOMENTUM)),
     'sgdw': Rule('decoupled decay (sgdw)', _timm('sgdw'), 1),  # Loshchilov and Hutter 2019, arXiv 1711.05101
     'shifted': Rule('ε-shifted L2', sgd_with(Shifted, _MOMENTUM), 1 / (1 - _MOMENTUM)),
     'sgdp': Rule('SGDP', _timm('sgdp'), None),  # Heo et al. 2021, arXiv 2006.08217

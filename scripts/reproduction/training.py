@@ -63,7 +63,7 @@ def train_cell(cell: Cell, task: Task, images: Images) -> dict[str, Any]:
     for epoch in range(task.epochs):
         if epoch == round(cell.decay_until * task.epochs):
             for group in optimizer.param_groups:
-                group.update(weight_decay=0., alpha=0.)
+                group.update(weight_decay=0., alpha=cell.then_alpha if group['normalization'] else 0.)
         _record_lengths(record, optimizer)
         last = _LastSteps(weights_of(model).values(), normalization)
         done, correct = _train_epoch(
