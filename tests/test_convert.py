@@ -323,7 +323,7 @@ def test_a_fresh_network_is_converted_whatever_its_norm_without_a_change_of_stat
         timm_aws.convert(model, normalization)
         assert model[0].normalization == normalization
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert not recwarn
+    assert not [warning for warning in recwarn if 'is trained' in str(warning.message)]
 
 
 @pytest.mark.parametrize('normalization', ['ws', 'cwn'])
@@ -334,7 +334,7 @@ def test_centering_warns_of_what_it_does_to_a_trained_network(normalization, rec
         expected = centered(an_input(torch.float32).repeat(1, 2, 1, 1))
         timm_aws.convert(centered, normalization)
         assert relative_error(centered(an_input(torch.float32).repeat(1, 2, 1, 1)), expected.double()) < 1e-5
-    assert not recwarn
+    assert not [warning for warning in recwarn if 'is trained' in str(warning.message)]
     model = calibrated(nn.Sequential(a_conv(), nn.BatchNorm2d(8)), 1, 8, 9, 9)
     with pytest.warns(UserWarning, match=f"is trained, and '{normalization}' changes the outputs of 1 of.*recalibrate"):
         timm_aws.convert(model, normalization)
@@ -342,6 +342,20 @@ def test_centering_warns_of_what_it_does_to_a_trained_network(normalization, rec
     nn.init.ones_(model[1].bias)
     with pytest.warns(UserWarning, match=f"is trained, and '{normalization}' changes the outputs of 1 of"):
         timm_aws.convert(model, normalization)
+
+
+@pytest.mark.parametrize('normalization', ['ws', 'wn', 'cwn'])
+def test_centering_warns_where_most_filters_are_small(normalization, recwarn):
+    timm_aws.convert(timm.create_model('resnet18'), normalization)
+    timm_aws.convert(nn.Sequential(nn.Conv2d(25, 8, 2), nn.BatchNorm2d(8)), normalization)
+    assert not recwarn
+    timm_aws.convert(nn.Sequential(nn.Conv2d(11, 8, 3), nn.BatchNorm2d(8)), normalization)
+    timm_aws.convert(timm.create_model('mobilenetv3_small_050'), normalization)
+    expected = [] if normalization == 'wn' else [('1 of the 1', 'Sequential'), ('29 of the 34', 'MobileNetV3')]
+    assert [str(warning.message) for warning in recwarn] == [
+        f'{count} converted convolutions of {model} have filters of fewer than 100 elements, which lose accuracy '
+        f"without the mean that {normalization!r} takes off: convert it to 'wn', which keeps it."
+        for count, model in expected]
 
 
 def test_a_network_of_ours_keeps_what_it_computes_from_ws_to_wn_and_back():

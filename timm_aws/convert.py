@@ -17,6 +17,8 @@ __all__ = ['convert', 'normalize_convs', 'reasons_to_leave']
 
 _logger = logging.getLogger(__name__)
 
+_SMALL = 100  # elements of a filter, below which centering costs accuracy in scripts/centering.py
+
 
 def convert(model: nn.Module, normalization: str) -> nn.Module:
     """Replaces every convolution of a network that a norm layer follows by a normalized one, in place.
@@ -32,6 +34,9 @@ def convert(model: nn.Module, normalization: str) -> nn.Module:
     `rescaled_statistics`. So it leaves a convolution before a norm that cannot do this: a GroupNorm weighs the filters
     of a group by their lengths, and a norm that two convolutions share has one set of statistics. 'ws' and 'cwn'
     convert these as well, and take the mean off each filter. There is a warning if that changes a trained network.
+
+    Centering costs small filters accuracy: a depthwise filter, or one of size 1 with few input channels, then cannot
+    respond to the sum of its inputs. There is a warning if 'ws' or 'cwn' meets a network of mostly such filters.
 
     Args:
         model: Network to convert, any nn.Module that contains nn.Conv2d layers.
@@ -61,6 +66,14 @@ def convert(model: nn.Module, normalization: str) -> nn.Module:
             f'{type(model).__name__} is trained, and {normalization!r} changes the outputs of {len(changed)} of its '
             f'convolutions: call timm_aws.recalibrate(model, loader) and fine-tune it, or convert it to '
             f"'wn', which keeps what it computes.",
+            stacklevel=2,
+        )
+    small = [name for name in converted if fan_in(model.get_submodule(name)) < _SMALL]
+    if centered and 2 * len(small) >= len(converted):
+        warnings.warn(
+            f'{len(small)} of the {len(converted)} converted convolutions of {type(model).__name__} have filters of '
+            f'fewer than {_SMALL} elements, which lose accuracy without the mean that {normalization!r} takes off: '
+            f"convert it to 'wn', which keeps it.",
             stacklevel=2,
         )
     return model
