@@ -71,7 +71,8 @@ def filter_length(weight: torch.Tensor, normalization: str) -> torch.Tensor:
     if torch.compiler.is_compiling() and is_on_cpu(weight):
         return _filter_length_operator(weight, normalization)
     centered, per_element = NORMALIZATIONS[normalization]
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if weight.dtype.itemsize < 4:
+        weight = weight.float()
     # Reduced over the dimensions that are there: flatten would copy a channels_last weight.
     dims, elements = tuple(range(1, weight.ndim)), max(1, math.prod(weight.shape[1:]))
     norm = (_norm_on_cpu if is_on_cpu(weight) else _norm)(weight, centered, dims, elements)
