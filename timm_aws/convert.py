@@ -68,10 +68,11 @@ def convert(model: nn.Module, normalization: str) -> nn.Module:
             f"'wn', which keeps what it computes.",
             stacklevel=2,
         )
-    small = [name for name in converted if fan_in(model.get_submodule(name)) < _SMALL]
-    if centered and 2 * len(small) >= len(converted):
+    convs: list[Any] = [model.get_submodule(name) for name in converted]
+    small = sum(fan_in(conv) < _SMALL for conv in convs)
+    if centered and 2 * small >= len(convs):
         warnings.warn(
-            f'{len(small)} of the {len(converted)} converted convolutions of {type(model).__name__} have filters of '
+            f'{small} of the {len(converted)} converted convolutions of {type(model).__name__} have filters of '
             f'fewer than {_SMALL} elements, which lose accuracy without the mean that {normalization!r} takes off: '
             f"convert it to 'wn', which keeps it.",
             stacklevel=2,
