@@ -20,10 +20,11 @@ TEXT = """\
 ![Optimizer step, training step and inference, each as a multiple of its base](bench.png)
 
 Measured on the CPU, two threads: {machines}. No GPU has timed this yet: the kernel is tested in Triton's interpreter
-only; `python scripts/bench.py gpu` measures it. Train, startup, scale and soak are older than the last redesign.
-Each number is the median over interleaved rounds; each ratio compares with the base in the same round. The files
-[step](bench_step.json), [train](bench_train.json), [infer](bench_infer.json), [startup](bench_startup.json),
-[scale](bench_scale.json) and [soak](soak.json) hold versions, spread and the numbers on one thread.
+only; `python scripts/bench.py gpu` measures it. Startup, scale and soak are older than the last redesign. A CPU without
+bf16 leaves the bf16 modes of train out. Each number is the median over interleaved rounds; each ratio compares with the
+base in the same round. The files [step](bench_step.json), [train](bench_train.json), [infer](bench_infer.json),
+[startup](bench_startup.json), [scale](bench_scale.json) and [soak](soak.json) hold versions, spread and the numbers on
+one thread.
 
     python scripts/bench.py step       # also train, infer, startup, scale
     python scripts/soak.py
