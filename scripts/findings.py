@@ -2,11 +2,12 @@
 
     python scripts/findings.py
 
-They come from the trainings of reproduce.py, its tables (those of `lifetime` too), the trainings of init_scale.py, and
-recalibration.py.
+They come from the trainings of reproduce.py, its tables (those of `lifetime` too), and the trainings of init_scale.py,
+recalibration.py and centering.py.
 """
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from reproduction.report import final_accuracy
 
 LINES = RESULTS / 'reproduce_cpu.jsonl'
 LIFETIME = RESULTS / 'lifetime_cpu.md'
+LIFETIME_ROWS = (
+    'WS, L2, SGD, λ = 0.01', 'WS as published, L2, SGD, λ = 0.01', 'no WS, L2, SGD, λ = 0.01',
+    'WS, AWS, coupled, α = 0.25', 'no WS, AWS, coupled, α = 0.01', 'WS, L2, SGD, λ = 0.001',
+    'WS, AWS, coupled, α = 0.025', 'WS, no decay')
 Table = dict[str, dict[str, str]]
 
 
@@ -122,14 +127,31 @@ def of_recalibration() -> dict[str, str]:
     return {name: f'{sum(accuracies) / len(accuracies):.0f}' for name, accuracies in found.items()}
 
 
+def of_small_filters() -> dict[str, str]:
+    """Returns the accuracies of centering.py, in percent, the mean over its seeds."""
+    names = {'plain, SGD with decay': 'plain', 'wn': 'wn', 'ws': 'ws', 'ws, small wn': 'ws_but_small',
+             'ws, grouped wn': 'ws_but_grouped', 'wn, grouped ws': 'wn_but_grouped'}
+    found: dict[str, list[float]] = defaultdict(list)
+    for text in (RESULTS / 'centering.jsonl').read_text().splitlines():
+        run = json.loads(text)
+        found[f'{run["model"].partition("_")[0]}_{names[run["variant"]]}'].append(run['accuracy'])
+    return {name: f'{sum(accuracies) / len(accuracies):.0f}' for name, accuracies in found.items()}
+
+
 def of_lifetime() -> dict[str, str]:
-    """Returns the numbers on fixed decay and AWS over 15,000 steps."""
+    """Returns the table and the numbers on fixed decay and AWS over 15,000 steps."""
     ends, deaths, *_ = tables(LIFETIME).values()
-    found = {'life_done': LIFETIME.read_text().split(' trainings')[0]}
-    for name, rule in (('l2', 'WS, L2, SGD, λ = 0.01'), ('aws', 'WS, AWS, coupled, α = 0.25')):
-        found |= {f'life_dead_{name}': deaths[rule]['dead'], f'life_still_{name}': deaths[rule]['without gradient'],
-                  f'life_norms_{name}': deaths[rule]['norm weights below 1e-6'],
-                  f'life_short_{name}': ends[rule]['shortest std'], f'life_{name}': ends[rule]['validation accuracy']}
+    rows = [('rule', 'dead filters', 'filters without a gradient', 'shortest std', 'validation accuracy, %'),
+            ('---',) * 5]
+    rows += [(rule, deaths[rule]['dead'], deaths[rule]['without gradient'], ends[rule]['shortest std'],
+              ends[rule]['validation accuracy']) for rule in LIFETIME_ROWS if rule in ends]
+    found = {'life_done': LIFETIME.read_text().split(' trainings')[0],
+             'life_table': '\n' + ''.join(f'| {" | ".join(row)} |\n' for row in rows)}
+    names = ('l2', 'published', 'plain', 'aws', 'plain_aws', 'l2_weak', 'aws_weak', 'none')
+    for name, rule in zip(names, LIFETIME_ROWS):
+        if rule in deaths:
+            found |= {f'life_dead_{name}': deaths[rule]['dead'], f'life_still_{name}': deaths[rule]['without gradient'],
+                      f'life_norms_{name}': deaths[rule]['norm weights below 1e-6']}
     return found
 
 
@@ -137,7 +159,7 @@ def values() -> dict[str, str]:
     """Returns the numbers that the READMEs mark a place for."""
     table1, table2, networks, differences, layers, scales, tuned, _ = tables(LINES.with_suffix('.md')).values()
     return {**of_rules(), **of_decay_and_alpha(table1, table2), **of_networks(networks, differences, tuned),
-            **of_layers(layers, scales), **of_init_scale(), **of_recalibration(), **of_lifetime()}
+            **of_layers(layers, scales), **of_init_scale(), **of_recalibration(), **of_small_filters(), **of_lifetime()}
 
 
 if __name__ == '__main__':

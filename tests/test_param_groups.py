@@ -188,6 +188,15 @@ def test_a_pruned_network_is_shrunk_and_not_decayed():
             assert (group['alpha'], group['normalization'], group['weight_decay'])[:len(expected)] == expected
 
 
+@pytest.mark.parametrize(('name', 'count'), [('resnetv2_50x1_bit', 53), ('nfnet_l0', 57)])
+def test_timms_standardized_networks_need_no_conversion(name, count):
+    model = timm.create_model(name)
+    groups = timm.optim.create_optimizer_v2(model, 'aws_sgd', lr=0.1).param_groups
+    shrunk = [param for group in groups if group['alpha'] for param in group['params']]
+    assert len(shrunk) == count == sum(isinstance(module, timm.layers.StdConv2d | timm.layers.ScaledStdConv2d)
+                                       for module in model.modules())
+
+
 @pytest.mark.parametrize(('name', 'last'), [
     ('test_ws_resnet', 'global_pool'), ('resnetv2_50x1_bit', 'norm'), ('tf_efficientnet_b0', 'bn2')])
 def test_a_trace_has_the_normalized_weights_of_the_network(name, last):

@@ -229,6 +229,23 @@ def test_report_says_that_it_is_of_a_part():
     assert lifetime_report.tables({}, PRESETS['smoke']) == 'No training has been run.\n'
 
 
+def test_rules_are_compared_with_decay_seed_by_seed():
+    preset = PRESETS['cpu']
+    accuracy = {cell: 31. if (cell.rule, cell.strength) in (('l2', 1e-2), ('aws', 0.1)) else 20.
+                for cell in cells_of('rules', preset, {}) if cell.normalization == 'ws'}
+    for cell in cells_of('rules', preset, accuracy):
+        if cell.normalization == 'ws' and cell.strength == {'l2': 1e-2, 'aws': 0.1}.get(cell.rule):
+            accuracy[cell] = 31. + cell.seed if cell.rule == 'aws' else 30. + (cell.scale == 1)
+    lines = {cell: {
+        **cell.settings(), 'num_classes': 10, 'val_accuracy': [value], 'first_nonfinite_step': None, 'steps': 600,
+        'dataset': 'images', 'hardware': 'a CPU', 'versions': {}} for cell, value in accuracy.items()}
+    text = rules_report.tables(lines, preset)
+    assert '| L2, SGD | 0.01 | 30.0 ± 0.0 (3 seeds) | 31.0 ± 0.0 (3 seeds) | 30.0 ± 0.0 (3 seeds) |' in text
+    assert '| AWS, coupled | 0.1 | 32.0 ± 1.0 (3 seeds) |' in text
+    assert '| AWS, coupled | +2.0 ± 2.5 | +1.0 ± 2.5 | +2.0 ± 2.5 |' in text
+    assert '| no decay | 0 | not run | 20.0 | not run |' in text
+
+
 def test_difference_is_told_with_its_interval():
     # Student's t for two degrees of freedom is 4.30, the standard error 1 / sqrt(3).
     assert report.interval([1., 2., 3.]) == '+2.0 ± 2.5'

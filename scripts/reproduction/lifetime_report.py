@@ -189,7 +189,7 @@ def _dying(lines: Lines) -> Figure | None:
         return None
     panels[0].set(xlabel='step', ylabel='dead filters; dotted: without gradient')
     panels[1].set(xlabel='step', ylabel='shortest std of a filter', yscale='log')
-    panels[0].legend(fontsize=8)
+    panels[1].legend(handles=panels[0].get_legend_handles_labels()[0], fontsize=8, loc='lower right')
     for panel in panels:
         panel.grid(alpha=0.3)
     return figure
