@@ -93,13 +93,15 @@ def run(options: argparse.Namespace) -> None:
 
 def _run_suite(suite: str, experiments: list[str], preset: Preset, options: argparse.Namespace) -> None:
     """Trains what is not yet there of some experiments of a suite."""
+    path = options.out / f'{suite}_{options.preset}.jsonl'
+    lines = read_lines(path)
+    write(path, ''.join(json.dumps(line) + '\n' for line in lines.values()))
+    if not pending(experiments, preset, lines):
+        return
     task = task_of(suite, preset)
     images = image_sets.load(options.data, task.every, task.image_size) if task.every else image_sets.patterns(
         task.image_size)
     about = _about(options, images)
-    path = options.out / f'{suite}_{options.preset}.jsonl'
-    lines = read_lines(path)
-    write(path, ''.join(json.dumps(line) + '\n' for line in lines.values()))
     with ProcessPoolExecutor(
             options.jobs, multiprocessing.get_context('spawn'), _start_worker,
             (images.share(), task, options.device, options.threads)) as pool, tqdm(unit='training') as progress:
