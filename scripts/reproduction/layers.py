@@ -16,10 +16,10 @@ class PublishedWSConv2d(WSConv2d):
     """
 
     def normalized_weight(self) -> torch.Tensor:
-        rows = self.weight.flatten(1)
-        rows = rows - rows.mean(1, keepdim=True)
-        std = rows.norm(dim=1, keepdim=True) / (rows.shape[1] - 1) ** 0.5
-        return (rows / (std + _EPS)).view_as(self.weight)
+        dims, elements = (1, 2, 3), self.weight[0].numel()
+        centered = self.weight - self.weight.mean(dims, keepdim=True)
+        std = torch.linalg.vector_norm(centered, dim=dims, keepdim=True) / (elements - 1) ** 0.5
+        return centered / (std + _EPS)
 
 
 def publish(model: torch.nn.Module) -> None:
