@@ -103,7 +103,8 @@ def of_layers(layers: Table, scales: Table) -> dict[str, str]:
     for name, rule in (('l2', 'L2, SGD, λ = 0.01'), ('aws', 'AWS, coupled, α = 0.25')):
         _, start, later, growth, median = layers[rule].values()
         found |= {f'apart_start_{name}': start, f'apart_{name}': later, f'growth_{name}': growth,
-                  f'rate_{name}': median, f'spread_{name}': scales[rule]['spread, points']}
+                  f'rate_{name}': median, f'spread_{name}': scales[rule]['spread, points'],
+                  f'far_{name}': f'{float(scales[rule]["100"].split()[0]):.0f}'}
     return {**found, 'deviation': span(re.findall(r'± ([\d.]+)', str(scales)), 1)}
 
 

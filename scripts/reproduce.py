@@ -128,16 +128,20 @@ def _about(options: argparse.Namespace, images: Images) -> dict[str, Any]:
 def report(options: argparse.Namespace) -> None:
     """Writes the tables and draws the figures of a preset."""
     from reproduction import lifetime_report, precision_report, report, rules_report  # need matplotlib
+    from reproduction.headline import headline
 
     preset = PRESETS[options.preset]
+    found = {suite: read_lines(options.out / f'{suite}_{options.preset}.jsonl') for suite in SUITES}
     for suite, reporter in zip(SUITES, (report, lifetime_report, precision_report, rules_report)):
-        lines = read_lines(options.out / f'{suite}_{options.preset}.jsonl')
         path = options.out / f'{suite}_{options.preset}.md'
-        write(path, reporter.tables(lines, preset))
+        write(path, reporter.tables(found[suite], preset))
         folder = path.with_suffix('')
         folder.mkdir(exist_ok=True)
         print(path)
-        for name, figure in reporter.figures(lines, preset).items():
+        figures = reporter.figures(found[suite], preset)
+        if suite == 'lifetime':
+            figures['headline'] = headline(found['reproduce'], found['lifetime'])
+        for name, figure in figures.items():
             if figure:
                 print(*save_figure(figure, folder / name), sep='\n')
 

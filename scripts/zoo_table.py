@@ -1,4 +1,4 @@
-"""Writes the README's table of checkpoints from the folders in weights/.
+"""Writes the README's table of checkpoints from the folders in weights/ that hold weights.
 
     python scripts/zoo_table.py
 
@@ -20,19 +20,17 @@ def row(folder: Path) -> str:
     config, results = (json.loads((folder / name).read_text()) for name in ('config.json', 'results.json'))
     metrics = results['metrics']
     hours = sum(stage['hours'] for stage in results['training'])
-    bundled = (folder / 'model.safetensors').is_file()
-    size = f'{results["weights"]["bytes"] / 2**20:.0f} MiB'
     return (
         f'| [`{results["name"]}`](weights/{results["name"]}) | {results["weights"]["parameters"] / 1e6:.1f} '
         f'| {config["pretrained_cfg"]["input_size"][-1]} px | {results["dataset"]} '
         f'| {metrics["top1"]:.2f} % | {metrics["top5"]:.2f} % | {hours:.1f} | {results["hardware"]} '
-        f'| {f"in the package, {size}" if bundled else f"not published, {size}"} |\n'
+        f'| {results["weights"]["bytes"] / 2**20:.0f} MiB |\n'
     )
 
 
 def table() -> str:
     """Returns the whole table, the best checkpoint first."""
-    folders = [path.parent for path in (ROOT / 'weights').glob('*/results.json')]
+    folders = [path.parent for path in (ROOT / 'weights').glob('*/model.safetensors')]
     accuracy = {folder: json.loads((folder / 'results.json').read_text())['metrics']['top1'] for folder in folders}
     return HEAD + ''.join(row(folder) for folder in sorted(folders, key=lambda folder: -accuracy[folder]))
 

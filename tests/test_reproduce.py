@@ -39,7 +39,7 @@ def test_smoke_runs_everything_and_goes_on_where_it_was_cut_off(tmp_path):
     before = report_of(tmp_path)
     assert set(before) == {'reproduce_smoke.md', 'lifetime_smoke.md', 'precision_smoke.md', 'rules_smoke.md', *(
         f'{name}.{suffix}' for suffix in ('png', 'svg') for name in (
-            'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies', 'dying', 'strengths', 'spreads', 'maps'))}
+            'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies', 'dying', 'strengths', 'spreads', 'headline', 'maps'))}
     assert report_of(tmp_path) == before, 'the same lines make the same report, byte for byte'
     texts = path.read_text().splitlines(keepends=True)
     path.write_text(''.join(texts[:-2]) + texts[-2][:100])  # two are missing, the first of them was being written
