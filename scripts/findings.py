@@ -139,6 +139,14 @@ def of_small_filters() -> dict[str, str]:
     return {name: f'{sum(accuracies) / len(accuracies):.0f}' for name, accuracies in found.items()}
 
 
+def of_alpha_by_layer() -> dict[str, str]:
+    """Returns the accuracies of one alpha a model and one a layer, from the usual and from long filters."""
+    rows = tables(RESULTS / 'rules_cpu.md')['Initialization times, at lr 0.1']
+    return {f'{name}_{scale}': rows[rule][column].partition(' (')[0]
+            for name, rule in (('one_alpha', 'AWS, coupled'), ('by_layer', 'AWS, coupled, alpha by layer'))
+            for scale, column in (('usual', '1'), ('far', '100'))}
+
+
 def of_lifetime() -> dict[str, str]:
     """Returns the table and the numbers on fixed decay and AWS over 15,000 steps."""
     ends, deaths, *_ = tables(LIFETIME).values()
@@ -160,7 +168,8 @@ def values() -> dict[str, str]:
     """Returns the numbers that the READMEs mark a place for."""
     table1, table2, networks, differences, layers, scales, tuned, _ = tables(LINES.with_suffix('.md')).values()
     return {**of_rules(), **of_decay_and_alpha(table1, table2), **of_networks(networks, differences, tuned),
-            **of_layers(layers, scales), **of_init_scale(), **of_recalibration(), **of_small_filters(), **of_lifetime()}
+            **of_layers(layers, scales), **of_init_scale(), **of_recalibration(), **of_small_filters(),
+            **of_alpha_by_layer(), **of_lifetime()}
 
 
 if __name__ == '__main__':
