@@ -149,12 +149,14 @@ def of_alpha_by_layer() -> dict[str, str]:
 
 def of_lifetime() -> dict[str, str]:
     """Returns the table and the numbers on fixed decay and AWS over 15,000 steps."""
-    ends, deaths, *_ = tables(LIFETIME).values()
+    ends, deaths, differences, *_ = tables(LIFETIME).values()
     rows = [('rule', 'dead filters', 'filters without a gradient', 'shortest std', 'validation accuracy, %'),
             ('---',) * 5]
     rows += [(rule, deaths[rule]['dead'], deaths[rule]['without gradient'], ends[rule]['shortest std'],
               ends[rule]['validation accuracy']) for rule in LIFETIME_ROWS if rule in ends]
     found = {'life_done': LIFETIME.read_text().split(' trainings')[0],
+             **{f'life_gain_{name}': differences[f'{ours} less {base}']['points'].lstrip('+') for name, ours, base in (
+                 ('ws', LIFETIME_ROWS[3], LIFETIME_ROWS[0]), ('plain', LIFETIME_ROWS[4], LIFETIME_ROWS[2]))},
              'life_table': '\n' + ''.join(f'| {" | ".join(row)} |\n' for row in rows)}
     names = ('l2', 'published', 'plain', 'aws', 'plain_aws', 'l2_weak', 'aws_weak', 'none')
     for name, rule in zip(names, LIFETIME_ROWS):

@@ -25,6 +25,7 @@ _PAIRS = (
     (('ws', 'aws', 0.25), ('ws', 'l2', 1e-2)), (('ws', 'aws', 0.025), ('ws', 'l2', 1e-3)),
     (('ws', 'aws', 0.025), ('ws', 'none', 0.)), (('ws', 'l2', 1e-3), ('ws', 'none', 0.)),
     (('ws', 'l2', 1e-3), ('ws', 'l2', 1e-2)), (('ws', 'l2', 1e-2), ('none', 'l2', 1e-2)),
+    (('none', 'aws', 1e-2), ('none', 'l2', 1e-2)),
     (('ws_published', 'l2', 1e-2), ('ws', 'l2', 1e-2)),
 )
 # The curves over time, and their colours.
