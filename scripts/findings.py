@@ -139,11 +139,13 @@ def of_small_filters() -> dict[str, str]:
     return {name: f'{sum(accuracies) / len(accuracies):.0f}' for name, accuracies in found.items()}
 
 
-def of_alpha_by_layer() -> dict[str, str]:
-    """Returns the accuracies of one alpha a model and one a layer, from the usual and from long filters."""
+def of_long_filters() -> dict[str, str]:
+    """Returns the accuracies of tuned rules from the usual and from long filters: alpha by layer, plain networks."""
     rows = tables(RESULTS / 'rules_cpu.md')['Initialization times, at lr 0.1']
     return {f'{name}_{scale}': rows[rule][column].partition(' (')[0]
-            for name, rule in (('one_alpha', 'AWS, coupled'), ('by_layer', 'AWS, coupled, alpha by layer'))
+            for name, rule in (
+                ('one_alpha', 'AWS, coupled'), ('by_layer', 'AWS, coupled, alpha by layer'),
+                ('plain_aws', 'AWS, coupled, no WS'), ('plain_l2', 'L2, SGD, no WS'))
             for scale, column in (('usual', '1'), ('far', '100'))}
 
 
@@ -171,7 +173,7 @@ def values() -> dict[str, str]:
     table1, table2, networks, differences, layers, scales, tuned, _ = tables(LINES.with_suffix('.md')).values()
     return {**of_rules(), **of_decay_and_alpha(table1, table2), **of_networks(networks, differences, tuned),
             **of_layers(layers, scales), **of_init_scale(), **of_recalibration(), **of_small_filters(),
-            **of_alpha_by_layer(), **of_lifetime()}
+            **of_long_filters(), **of_lifetime()}
 
 
 if __name__ == '__main__':
