@@ -127,8 +127,8 @@ def alpha_like_decay(model: nn.Module, weight_decay: float, batch_norm: bool = F
     sqrt(2 / n) and norm sqrt(2). So gamma is the weight decay times sqrt(m / n) for 'ws', with m the number of elements
     in the median layer, and the weight decay in every layer for 'wn'.
 
-    The alpha follows the initialization. From weights 100 times too short it is 100 times as large, and training
-    overflows; there, give an alpha of your own.
+    The alpha follows the initialization: from weights 100 times too short it is 100 times as large, for the whole run.
+    There, give an alpha of your own.
 
     Args:
         model: Model with normalized weights.

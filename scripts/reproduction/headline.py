@@ -1,6 +1,5 @@
 """The picture at the top of the README: what a fixed decay does that AWS does not."""
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,11 +7,9 @@ from matplotlib.figure import Figure
 from outputs import BLUE, VERMILION
 
 from .grid import LIFETIME_OTHER_DECAY, SCALES, SGD_LR, TYPICAL_ALPHA, TYPICAL_DECAY, Cell
-from .report import final_accuracy, seeds_of
+from .report import Lines, final_accuracy, seeds_of
 
 __all__ = ['headline']
-
-Lines = dict[Cell, dict[str, Any]]
 
 # Normalization, rule and strength of each curve of the left panel.
 _DYING = (

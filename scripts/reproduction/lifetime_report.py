@@ -11,12 +11,21 @@ from matplotlib.figure import Figure
 from outputs import BLACK, BLUE, GREEN, ORANGE, VERMILION
 
 from .grid import LIFETIME_OTHER_DECAY, SGD_LR, Cell, Preset, cells_of
-from .report import final_accuracy, has_failed, interval, markdown, seeds_of, setting, told_seeds, versions_of
+from .report import (
+    Lines,
+    final_accuracy,
+    has_failed,
+    interval,
+    markdown,
+    seeds_of,
+    setting,
+    told_done,
+    told_seeds,
+    versions_of,
+)
 from .rules import RULES
 
 __all__ = ['figures', 'tables']
-
-Lines = dict[Cell, dict[str, Any]]
 
 _NORMALIZATIONS = {'none': 'no WS', 'ws': 'WS', 'ws_published': 'WS as published', 'wn': 'WN'}
 _TYPICAL_STD = 0.04  # at which alpha is turned into a weight decay
@@ -61,7 +70,7 @@ def tables(lines: Lines, preset: Preset) -> str:
         return 'No training has been run.\n'
     first, done = next(iter(lines.values())), [cell for cell in planned if cell in lines]
     about = (
-        f'{len(done)} of {len(planned)} trainings are done{"" if len(done) == len(planned) else ": this is a part"}. '
+        f'{told_done(len(done), len(planned))}'
         f'{first["steps"]:,} steps of {preset.long.batch_size} images each, on {first["dataset"]}; chance is '
         f'{100 / first["num_classes"]:.1f} %. The learning rate is divided by ten after 30, 60 and 90 %. A filter is '
         f'dead where its std is below 1e-6. Norm weights and classifier have a weight decay of '

@@ -3,12 +3,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .grid import PRECISION_LAYERS, PRECISIONS, Cell, Preset, cells_of
-from .report import final_accuracy, has_failed, markdown, versions_of
+from .grid import PRECISION_LAYERS, PRECISIONS, Preset, cells_of
+from .report import Lines, final_accuracy, has_failed, markdown, versions_of
 
 __all__ = ['figures', 'tables']
-
-Lines = dict[Cell, dict[str, Any]]
 
 _LAYERS = {'ws': 'WS', 'ws_published': 'WS as published', 'none': 'no WS'}
 

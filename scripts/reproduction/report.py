@@ -35,8 +35,8 @@ from .grid import (
 from .rules import RULES
 
 __all__ = [
-    'figures', 'final_accuracy', 'has_failed', 'interval', 'markdown', 'seeds_of', 'setting', 'tables', 'told_seeds',
-    'versions_of',
+    'Lines', 'figures', 'final_accuracy', 'has_failed', 'interval', 'markdown', 'seeds_of', 'setting', 'tables',
+    'told_done', 'told_seeds', 'versions_of',
 ]
 
 Lines = dict[Cell, dict[str, Any]]
@@ -119,6 +119,11 @@ def tables(lines: Lines, preset: Preset) -> str:
     parts = (_table1, _table2, _table3, _over_networks, _layers, _spread)
     return '\n'.join(
         [about, *(part(lines) for part in parts), _table3_tuned(lines, preset), _policies(lines, preset)])
+
+
+def told_done(done: int, planned: int) -> str:
+    """Tells how many trainings of an experiment are done, and if that is all."""
+    return f'{done} of {planned} trainings are done{"" if done == planned else ": this is a part"}. '
 
 
 def versions_of(lines: Lines) -> str:

@@ -9,12 +9,20 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from .grid import RULE_LRS, RULE_SCALES, SGD_LR, Cell, Preset, cells_of, compared_rules, rule_map, tuned_rule
-from .report import final_accuracy, has_failed, interval, markdown, seeds_of, told_seeds, versions_of
+from .report import (
+    Lines,
+    final_accuracy,
+    has_failed,
+    interval,
+    markdown,
+    seeds_of,
+    told_done,
+    told_seeds,
+    versions_of,
+)
 from .rules import RULES
 
 __all__ = ['figures', 'tables']
-
-Lines = dict[Cell, dict[str, Any]]
 
 _BASE = ('ws', 'l2')
 
@@ -35,7 +43,7 @@ def tables(lines: Lines, preset: Preset) -> str:
     planned = cells_of('rules', preset, _accuracy(lines))
     done = sum(cell in lines for cell in planned)
     about = (
-        f'{done} of {len(planned)} trainings are done{"" if done == len(planned) else ": this is a part"}. '
+        f'{told_done(done, len(planned))}'
         f'{first["steps"]} steps of {preset.brief.batch_size} images each, on {first["dataset"]}; chance is '
         f'{100 / first["num_classes"]:.1f} %. Each rule is tuned with five strengths on one seed at lr {SGD_LR:g}, and '
         f'the best strength runs at every learning rate and initialization. A training that fails counts as chance. '
