@@ -151,7 +151,7 @@ def of_long_filters() -> dict[str, str]:
 
 def of_lifetime() -> dict[str, str]:
     """Returns the table and the numbers on fixed decay and AWS over 15,000 steps."""
-    ends, deaths, differences, *_ = tables(LIFETIME).values()
+    ends, deaths, differences, spreads = tables(LIFETIME).values()
     rows = [('rule', 'dead filters', 'filters without a gradient', 'shortest std', 'validation accuracy, %'),
             ('---',) * 5]
     rows += [(rule, deaths[rule]['dead'], deaths[rule]['without gradient'], ends[rule]['shortest std'],
@@ -164,7 +164,9 @@ def of_lifetime() -> dict[str, str]:
     for name, rule in zip(names, LIFETIME_ROWS):
         if rule in deaths:
             found |= {f'life_dead_{name}': deaths[rule]['dead'], f'life_still_{name}': deaths[rule]['without gradient'],
-                      f'life_norms_{name}': deaths[rule]['norm weights below 1e-6']}
+                      f'life_norms_{name}': deaths[rule]['norm weights below 1e-6'],
+                      f'life_angles_{name}': spreads[rule]['angle of a step, filters with a gradient'],
+                      f'life_rates_{name}': spreads[rule]['lr / length, the same filters']}
     return found
 
 
