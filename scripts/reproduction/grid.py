@@ -11,8 +11,8 @@ from timm.models.resnet import BasicBlock, Bottleneck
 
 __all__ = [
     'EXPERIMENTS', 'LIFETIME', 'NETWORKS', 'NETWORK_BUDGET', 'PRECISIONS', 'PRECISION_LAYERS', 'PRESETS', 'RULE_LRS',
-    'RULE_SCALES', 'SUITES', 'Cell', 'Preset', 'Task', 'cells_of', 'compared_rules', 'rule_map', 'task_of',
-    'tuned_on_network', 'tuned_rule', 'tuned_strength',
+    'RULE_SCALES', 'STRENGTH_RULES', 'SUITES', 'Cell', 'Preset', 'Task', 'cells_of', 'compared_rules', 'rule_map',
+    'strength_map', 'task_of', 'tuned_on_network', 'tuned_rule', 'tuned_strength',
 ]
 
 _DEEP: dict[str, Any] = {'block': Bottleneck, 'channels': (8, 16, 32, 64), 'stem_width': 32}
@@ -55,11 +55,11 @@ class Preset:
     Attributes:
         short: Task of the paper's tables and figures.
         long: Task of `lifetime`.
-        brief: Task of `precision` and `rules`.
+        brief: Task of `precision`, `rules` and `strengths`.
         thin: Take every so many-th value of each sweep, ends included.
         backbones: Networks of table 3.
         seeds: Seeds of each network in table 3.
-        scale_seeds: Seeds of each initialization in figures 5 and 6, and of each cell of `rules`.
+        scale_seeds: Seeds of each initialization in figures 5 and 6, and of each cell of `rules` and `strengths`.
         fresh_seeds: Seeds that the tuned strengths of table 3 are measured with, beside the one they were tuned on.
         life_seeds: Seeds of each row of `lifetime`.
         life_blocks: Blocks of rows of `lifetime`; None for all.
@@ -180,6 +180,8 @@ RULE_BUDGETS = {
 }
 RULE_LRS = (0.01, 0.03, 0.1, 0.3, 1.)
 RULE_SCALES = (0.01, 1., 100.)
+# What `strengths` compares at every strength and initialization.
+STRENGTH_RULES = (('ws', 'l2'), ('ws', 'aws'), ('none', 'l2'), ('none', 'aws'))
 
 
 def _long(normalization: str, rule: str, *strengths: float, lr: float = SGD_LR, **options: float) -> list[Cell]:
@@ -345,12 +347,24 @@ def _rules(preset: Preset, accuracy: dict[Cell, float]) -> Iterable[Cell]:
             yield from rule_map(cell, preset, seed) if cell else ()
 
 
+def strength_map(normalization: str, rule: str, preset: Preset, seed: int) -> list[Cell]:
+    """Lists the trainings of a rule with every strength of its tuning, and of each from every initialization."""
+    return [replace(cell, scale=scale, seed=seed)
+            for cell in _rule_tuning(normalization, rule, preset) for scale in _thin(RULE_SCALES, preset.thin)]
+
+
+def _strengths(preset: Preset) -> Iterable[Cell]:
+    for seed in range(preset.scale_seeds):
+        for compared in STRENGTH_RULES:
+            yield from strength_map(*compared, preset, seed)
+
+
 # The experiments, by the file that their trainings are in.
 SUITES = {
     'reproduce': ('table1', 'table2', 'table3', 'table3_tuned', 'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies'),
     'lifetime': ('lifetime',),
     'precision': ('precision',),
-    'rules': ('rules',),
+    'rules': ('strengths', 'rules'),
 }
 EXPERIMENTS = tuple(name for suite in SUITES.values() for name in suite)
 
@@ -385,6 +399,7 @@ def cells_of(experiment: str, preset: Preset, accuracy: dict[Cell, float]) -> li
         'policies': lambda: _policies(preset, accuracy),
         'lifetime': lambda: _lifetime(preset),
         'precision': lambda: _precision(preset),
+        'strengths': lambda: _strengths(preset),
         'rules': lambda: _rules(preset, accuracy),
     }[experiment]()
     return list(dict.fromkeys(made))
