@@ -181,7 +181,7 @@ RULE_BUDGETS = {
 RULE_LRS = (0.01, 0.03, 0.1, 0.3, 1.)
 RULE_SCALES = (0.01, 1., 100.)
 # What `strengths` compares at every strength and initialization.
-STRENGTH_RULES = (('ws', 'l2'), ('ws', 'aws'), ('none', 'l2'), ('none', 'aws'))
+STRENGTH_RULES = (('ws', 'l2'), ('ws', 'aws'), ('ws', 'aws_decoupled'), ('none', 'l2'), ('none', 'aws'))
 
 
 def _long(normalization: str, rule: str, *strengths: float, lr: float = SGD_LR, **options: float) -> list[Cell]:
