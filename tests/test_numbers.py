@@ -306,6 +306,29 @@ def test_shrink_that_does_not_stop_warns_of_nothing(name):
     assert not _stops(caught)
 
 
+@pytest.mark.parametrize(('length', 'overflows'), [(0.98, False), (3., True)])
+def test_coupled_shrink_that_will_overflow_is_told_before_the_first_step(length, overflows):
+    weight = torch.tensor([[[[0.5, -0.5]]], [[[length, -length]]]])  # their std
+
+    def run(**options):
+        param = nn.Parameter(weight.clone())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            optimizer = AwsSGD([param], lr=0.1, momentum=0.9, alpha=10., normalization='ws', **options)
+        for _ in range(50):
+            param.grad = torch.zeros_like(param)
+            optimizer.step()
+        return param, [str(warning.message) for warning in caught]
+
+    param, told = run()
+    assert bool(param.isfinite().all()) is not overflows
+    assert told == overflows * [
+        'AwsSGD with lr=0.1 and alpha=10.0 shrinks a filter of shape (1, 1, 2) by 3 times its length in a step, '
+        'which ends in overflow: lower alpha, or give decoupled=True, whose shrink stops at 0.']
+    param, told = run(decoupled=True)
+    assert param.isfinite().all() and not told
+
+
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 LARGE = st.sampled_from([0., 1e-3, 0.1, 1., 1e6]) | st.floats(0, 1e6)
 # As many as take a few seconds, the same in each run.

@@ -9,6 +9,7 @@ What is not the shrink is torch's own code: alpha = 0 gives torch.optim.SGD, Ada
 """
 import functools
 import importlib.util
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -212,6 +213,27 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach, fused=fused)
         self._set_shrink(alpha=alpha, normalization=normalization, decoupled=decoupled)
+        self._warn_of_overflow()
+
+    @torch.no_grad()
+    def _warn_of_overflow(self) -> None:
+        """Warns where the first coupled step takes all of a filter or more: the buffer goes on, and makes it longer."""
+        for group in self.param_groups:
+            for param in group['params'] if group['alpha'] and not group['decoupled'] else ():
+                # Not of a DTensor or a fake one; meta and empty ones have no lengths.
+                plain = type(param) in (torch.Tensor, torch.nn.Parameter) and not param.is_meta
+                if param.ndim < 2 or not param.numel() or not plain:
+                    continue
+                length = filter_length(param, group['normalization'])
+                share = (group['lr'] * shrink_factor(group['alpha'], length)).nan_to_num().max().item()
+                if share >= 1:
+                    warnings.warn(
+                        f'{type(self).__name__} with lr={float(group["lr"])!r} and alpha={group["alpha"]!r} shrinks a '
+                        f'filter of shape {tuple(param.shape[1:])} by {share:.2g} times its length in a step, which '
+                        f'ends in overflow: lower alpha, or give decoupled=True, whose shrink stops at 0.',
+                        stacklevel=3,
+                    )
+                    return
 
     def _states(self, group):
         states = []
