@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv = list(sys.argv[1:] if argv is None else argv)
         options = parser.parse_args(argv)
         if 'script' in options:
-            options.args = argv[argv.index(options.script) + 1:]  # argparse takes the first -- away
+            options.args = argv[argv.index(options.script, 1) + 1:]  # argparse takes the first -- away
     options.command(options)
 
 
@@ -169,6 +169,8 @@ def _in_one_line(command: Callable[[argparse.Namespace], None]) -> Callable[[arg
             message = ' '.join(str(error).split())
             if not isinstance(error, (ValueError, RuntimeError, OSError, ImportError)):
                 message = f'{type(error).__name__}: {message} (--traceback shows where)'  # says little on its own
+            if getattr(error, 'name', '') == 'matplotlib':
+                message = 'pictures need matplotlib: pip install matplotlib'
             line, code = f'timm-aws: {message}', 1
         with _interrupt_exits():
             gc.collect()  # the error is gone, and with it the frames that it held: a progress bar in them ends its line
@@ -217,7 +219,10 @@ def _plot(options: argparse.Namespace) -> None:
 
     if not options.record.is_file():
         raise ValueError(f'{options.record} is not a file: give the CSV file of a record.')
-    out = options.out or options.record.with_suffix('.png')
+    out = options.out or options.record
+    out = out.with_suffix('.png') if out == options.record or not out.suffix else out
+    if out == options.record:
+        raise ValueError(f'{out} is the record itself: name the picture otherwise.')
     plot_effective_lr(options.record, out)
     print(out)
 

@@ -66,6 +66,11 @@ def test_script_finds_its_own_argv_name_file_and_path(timm_aws, tmp_path, script
     assert '"Doc."' in ours.stdout
 
 
+def test_script_may_be_called_run(timm_aws, tmp_path):
+    (tmp_path / 'run').write_text('import sys; print(sys.argv)')
+    assert _run(*timm_aws, 'run', 'run', '--x', cwd=tmp_path).stdout == "['run', '--x']\n"
+
+
 @pytest.mark.parametrize('text', [
     'import sys; sys.exit(7)',
     'import sys; sys.exit("message")',

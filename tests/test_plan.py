@@ -176,7 +176,14 @@ def test_what_these_warnings_say_comes_true(weight_decay, length):
     ({'batch_size': 99999}, 'batch_size=99999'),
     ({'epochs': 0}, 'give an epoch'),
     ({'lr': 0.}, 'lr=0.0'),
+    ({'momentum': 1.}, 'momentum=1.0.*a momentum below 1'),
+    ({'img_size': -32}, 'img_size=-32'),
+    ({'opt': 'lookahead_aws_sgd'}, 'no forecast for Lookahead'),
 ])
 def test_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
         plan_run(**{**RUN, **changes})
+
+
+def test_networks_whose_last_gains_are_0_have_a_forecast():
+    assert all(layer.final_length > 0 for layer in plan_run(**{**RUN, 'model': 'test_nfnet'}).layers)

@@ -1,4 +1,5 @@
 """The record of effective learning rates: its figures, a resume, a killed run, and the rates that theory gives."""
+import copy
 import csv
 import importlib.util
 import sys
@@ -91,6 +92,40 @@ def test_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path, killed_after
     assert rows_of(tmp_path / 'run.csv') == rows_of(tmp_path / 'whole.csv')
 
 
+@pytest.mark.parametrize('goes_on', [True, False])
+def test_rows_of_steps_that_come_again_are_kept_aside(tmp_path, goes_on):
+    """In the process that took them, from a state of before; and in another, as where a run branches off."""
+    weight, optimizer = record_of_one_weight(tmp_path / 'run.csv', 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    for _ in range(3):
+        optimizer.step()
+    if not goes_on:
+        weight, optimizer = record_of_one_weight(tmp_path / 'run.csv', 0)
+    optimizer.load_state_dict(state)
+    weight.grad = torch.ones(2, 2)
+    with pytest.warns(UserWarning, match=r'held 3 rows from step 3 on, which comes again: .*run\.csv\.old has'):
+        optimizer.step()
+    optimizer.step()
+    assert [row['step'] for row in rows_of(tmp_path / 'run.csv')] == ['1', '2', '3', '4']
+    assert [row['step'] for row in rows_of(tmp_path / 'run.csv.old')] == ['1', '2', '3', '4', '5']
+
+
+def test_state_of_before_the_first_step_starts_the_record_again(tmp_path):
+    weight, optimizer = record_of_one_weight(tmp_path / 'run.csv', 0)
+    state = copy.deepcopy(optimizer.state_dict())
+    weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    optimizer.load_state_dict(state)
+    with pytest.warns(UserWarning, match='held 1 rows from step 1 on'):
+        optimizer.step()
+    assert [row['step'] for row in rows_of(tmp_path / 'run.csv')] == ['1']
+
+
+def test_path_that_is_none_is_named(tmp_path):
+    with pytest.raises(TypeError, match=r'^Invalid path of a record: True, name a CSV file\.$'):
+        make(record=True)
+
+
 def test_run_resumed_by_torch_distributed_checkpoint_has_the_rows_of_an_uninterrupted_one(tmp_path):
     """It makes the state of a new optimizer by a step of its own at lr 0, which is none of the run."""
     model, optimizer = make(tmp_path / 'whole.csv')
@@ -154,6 +189,29 @@ def test_plot_draws_the_record(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(['plot', str(tmp_path / 'other.csv')])
     assert 'is no record of effective learning rates' in capsys.readouterr().err
+
+
+def test_plot_never_writes_over_the_record(tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    record = tmp_path / 'run.png'
+    train(*make(record), 3)
+    before = record.read_bytes()
+    with pytest.raises(SystemExit):
+        main(['plot', str(record)])
+    assert capsys.readouterr().err == f'timm-aws: {record} is the record itself: name the picture otherwise.\n'
+    assert record.read_bytes() == before
+    main(['plot', str(record), str(tmp_path / 'picture')])
+    assert capsys.readouterr().out.strip() == str(tmp_path / 'picture.png')
+    assert (tmp_path / 'picture.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_plot_without_matplotlib_names_it(tmp_path, monkeypatch, capsys):
+    for name in ('matplotlib', 'timm_aws.plot'):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    with pytest.raises(SystemExit):
+        main(['plot', str(tmp_path / 'run.csv')])
+    assert capsys.readouterr().err == 'timm-aws: pictures need matplotlib: pip install matplotlib\n'
 
 
 def record_of_one_weight(path, steps, every=None, lr=0.1):

@@ -138,12 +138,14 @@ def plan_run(
     """
     if not timm.is_model(model):
         raise ValueError(f'Unknown model {model!r}: timm.list_models() lists them.')
-    if opt.lower() not in list_optimizers():
+    if opt.lower().removeprefix('lookahead_') not in list_optimizers():
         raise ValueError(f'Unknown optimizer {opt!r}: timm.optim.list_optimizers() lists them.')
-    if not (epochs > 0 and 0 < batch_size <= images and 0 < lr < math.inf):
+    if not (epochs > 0 and 0 < batch_size <= images and 0 < lr < math.inf and 0 <= momentum < 1
+            and (img_size is None or img_size > 0)):
         raise ValueError(
-            f'There is nothing to plan in epochs={epochs!r}, images={images!r}, batch_size={batch_size!r}, lr={lr!r}: '
-            f'give an epoch, a batch and a learning rate.')
+            f'There is nothing to plan in epochs={epochs!r}, images={images!r}, batch_size={batch_size!r}, lr={lr!r}, '
+            f'momentum={momentum!r}, img_size={img_size!r}: give an epoch, a batch, a learning rate, a momentum below '
+            f'1 and the pixels of an image.')
     if wrong := [option for option in opt_kwargs if '=' not in option]:
         raise ValueError(f'Invalid opt_kwargs: {wrong[0]!r}, write KEY=VALUE, such as alpha=0.0025.')
     parsed = argparse.Namespace()
@@ -323,7 +325,7 @@ def _gradients(model: torch.nn.Module, batch_size: int, img_size: int) -> dict[t
     """Measures the gradient norms of filters on noise, scaled to batches of images of these sizes."""
     copied: Any = copy.deepcopy(model).train()
     for name, param in copied.named_parameters():
-        if param.ndim < 2 and not name.endswith('bias') and not param.any():
+        if not name.endswith('bias') and not param.any():  # the gain of a norm, or of the last layer in an NFNet
             torch.nn.init.constant_(param, 0.2)
     channels, _, size = copied.default_cfg['input_size']
     if not copied.default_cfg.get('fixed_input_size'):

@@ -1,7 +1,8 @@
 """Records the effective learning rate of every normalized layer while a network trains, in any loop.
 
 The steps are counted in the optimizer's own parameter groups, so the count is saved and loaded with its state: a run
-that is resumed goes on in the same file, and what a killed run wrote after its last checkpoint is replaced.
+that is resumed goes on in the same file. What the file holds of steps that come again, written by a killed run after
+its last checkpoint for example, is kept in a file of its name and `.old`.
 """
 import contextlib
 import csv
@@ -49,10 +50,12 @@ class Recorder:
             ValueError: If `every` is not a positive integer, or if no group names a normalization. The optimizer's
                 first step raises it if the file is no record, or if it holds rows but the optimizer has taken no steps,
                 as those are of another run.
-            TypeError: If it is no optimizer of torch.
+            TypeError: If it is no optimizer of torch, or no path.
         """
         if every is not None and (not isinstance(every, int) or every < 1):
             raise ValueError(f'Invalid every: {every!r}, record every 1 step or more, or leave it out.')
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f'Invalid path of a record: {path!r}, name a CSV file.')
         self.optimizer = unwrap(optimizer)
         self.path = Path(path)
         self.every = every
@@ -61,6 +64,7 @@ class Recorder:
         # There from the start, as torch.distributed.checkpoint loads only the keys that it finds.
         self.optimizer.param_groups[0].setdefault(_STEP, 0)
         self._step = 0  # the present one, 0 where it is not counted
+        self._last = math.inf  # the last one in the file, once that is open
         self._before: list[tuple[str, torch.Tensor, dict[str, Any], torch.Tensor]] = []
         self._events: Any = None
         self._hooks = [
@@ -70,6 +74,9 @@ class Recorder:
         """Stops recording."""
         for hook in self._hooks:
             hook.remove()
+        self._close_events()
+
+    def _close_events(self) -> None:
         if self._events is not None:
             with contextlib.suppress(OSError):
                 self._events.close()
@@ -81,8 +88,9 @@ class Recorder:
             return
         self._step = groups[0].get(_STEP, 0) + 1  # other recorders of this optimizer find the same
         if self._writes is None:
-            is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-            self._writes = is_first and self._open()
+            self._writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if self._writes and self._step <= self._last:  # at the start, and where an earlier state was loaded
+            self._writes = self._open()
         if self._is_recorded():
             self._before = [
                 (name, weight, group, weight.detach().clone())
@@ -119,13 +127,20 @@ class Recorder:
 
     def _open(self) -> bool:
         """Makes the file hold the rows of the steps that have been taken, and no others; returns if it could."""
-        rows = self._rows_before()
+        rows, later = self._rows_of_run()
         aside = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with aside.open('w', newline='') as file:
                 csv.writer(file).writerows([COLUMNS, *rows])
+            if later:
+                old = self.path.replace(self.path.with_name(f'{self.path.name}.old'))
+                warnings.warn(
+                    f'{self.path} held {len(later)} rows from step {self._step} on, which comes again: {old} has them.',
+                    stacklevel=2)
             aside.replace(self.path)
+            self._last = self._step - 1
+            self._close_events()
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -138,24 +153,25 @@ class Recorder:
             return False
         return True
 
-    def _rows_before(self) -> list[list[str]]:
-        """Returns the rows of earlier steps that are in the file, and raises ValueError where it is not this run's."""
+    def _rows_of_run(self) -> tuple[list[list[str]], list[list[str]]]:
+        """Returns the file's rows of earlier and of later steps, and raises ValueError where it is not this run's."""
         if not self.path.exists() or (self.path.is_file() and not self.path.stat().st_size):
-            return []
+            return [], []
         header, *rows = (self.path.is_file() and read_rows(self.path)) or [[]]
         if header != list(COLUMNS) or not all(row[0].isdecimal() for row in rows):
             raise ValueError(f'{self.path} is no record of effective learning rates: name another file.')
-        if rows and self._step == 1:
+        if rows and self._step == 1 and self._last == math.inf:
             raise ValueError(
                 f'{self.path} holds the record of another run, and this one is at its first step: name another file, '
                 f'move it away, or resume with the state of the optimizer.'
             )
-        return [row for row in rows if int(row[0]) < self._step]
+        return [row for row in rows if int(row[0]) < self._step], [row for row in rows if int(row[0]) >= self._step]
 
     def _write(self, names: list[str], rows: list[list[float]]) -> None:
         try:
             with self.path.open('r+', newline='') as file:  # 'a' would make a file without header where there is none
                 file.seek(0, os.SEEK_END)
+                self._last = self._step
                 csv.writer(file).writerows(
                     [self._step, name, *(f'{value:.6g}' for value in row)] for name, row in zip(names, rows))
             if self._events is not None:
