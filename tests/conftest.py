@@ -30,7 +30,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture(scope='session')
 def train_run(tmp_path_factory):
-    """Makes folders as timm's train.py leaves them, after two steps of test_ws_resnet and with averaged weights."""
+    """Makes folders as timm's train.py leaves them, after two steps of test_ws_resnet, or of another `network`."""
     import argparse
 
     import timm
@@ -45,26 +45,28 @@ def train_run(tmp_path_factory):
         folder = tmp_path_factory.mktemp('run')
         ema = options.pop('with_ema', False)
         scale = options.pop('scale', 1)
+        network = options.pop('network', 'test_ws_resnet')
         args = argparse.Namespace(**{
-            'model': 'test_ws_resnet', 'num_classes': 4, 'in_chans': None, 'gp': None, 'model_kwargs': {},
+            'model': network, 'num_classes': 4, 'in_chans': None, 'gp': None, 'model_kwargs': {},
             'img_size': 48, 'crop_pct': 1.0, 'mean': None, 'std': None, 'interpolation': '', 'seed': 42,
             'opt': 'aws_sgd', 'opt_kwargs': {'alpha': 2.5e-3}, 'momentum': 0.9, 'lr': 0.1, 'batch_size': 8,
             'epochs': 2, 'device': 'cpu', 'workers': 1, 'train_split': 'train', 'val_split': 'validation',
             'eval_metric': 'top1', 'data_dir': str(folder / 'images'), 'output': str(folder), 'experiment': 'name',
             'resume': '', 'initial_checkpoint': '', **options})
         torch.manual_seed(0)
-        model = timm.create_model('test_ws_resnet', num_classes=4)
+        model = timm.create_model(network, num_classes=4, in_chans=args.in_chans, bn_eps=options.get('bn_eps'))
+        data = torch.randn(8, args.in_chans or 3, 48, 48)
         averaged = ModelEmaV3(model, decay=0.5) if ema else None
-        optimizer = create_optimizer_v2(model, 'aws_sgd', lr=args.lr, weight_decay=1e-4)
+        optimizer = create_optimizer_v2(model, 'aws_sgd', lr=args.lr, weight_decay=1e-4, batch_norm='ws' not in network)
         (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
         saver = CheckpointSaver(model, optimizer, args, averaged, checkpoint_dir=str(folder))
         for epoch in range(args.epochs):
-            model(torch.randn(8, 3, 48, 48)).square().mean().backward()
+            model(data).square().mean().backward()
             optimizer.step()
             if averaged:
                 averaged.update(model)
             with torch.no_grad():
-                model.fc.weight.mul_(scale)
+                model.get_classifier().weight.mul_(scale)
             saver.save_checkpoint(epoch, metric=10. * epoch)
         return folder
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 
@@ -36,19 +37,23 @@ def weights_of(folder):
     return load_file(folder / 'model.safetensors')
 
 
-# Stands in for timm's script, with its options and its results file: says what WEIGHTS_TOP1 names for each choice.
+# Stands in for timm's script, with its options and its results file: says what WEIGHTS_TOP1 names for each choice, and
+# leaves what it was asked beside it.
 VALIDATE = '''
 import argparse, json, timm
 parser = argparse.ArgumentParser()
-for name in ('data-dir', 'model', 'checkpoint', 'split', 'device', 'workers', 'results-file', 'results-format'):
+for name in ('data-dir', 'dataset', 'split', 'class-map', 'input-img-mode', 'input-key', 'target-key', 'num-samples',
+             'model', 'checkpoint', 'device', 'workers', 'results-file', 'results-format'):
     parser.add_argument('--' + name)
+parser.add_argument('--in-chans', type=int, default=3)
 parser.add_argument('--pretrained', action='store_true')
 parser.add_argument('--use-ema', action='store_true')
 args = parser.parse_args()
-timm.create_model(args.model, pretrained=args.pretrained, checkpoint_path=args.checkpoint)
+timm.create_model(args.model, pretrained=args.pretrained, checkpoint_path=args.checkpoint, in_chans=args.in_chans)
 top1 = {top1}['half' if args.pretrained else 'ema' if args.use_ema else 'model']
 json.dump(dict(top1=top1, top5=90.0, img_size=48, crop_pct=1.0, interpolation='bicubic', args=str(args)),
           open(args.results_file, 'w'))
+json.dump(vars(args), open(__file__ + '.json', 'w'))
 '''
 
 
@@ -266,10 +271,13 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(train_run, tmp_path, meas
     assert torch.equal(weights_of(tmp_path / 'out' / NAME)['fc.weight'], best(large)['state_dict']['fc.weight'])
 
 
+@pytest.mark.parametrize('fourth, class_map', [('d', ''), ('a', 'map.txt')])
 def test_half_precision_that_turns_right_images_wrong_is_refused_and_full_precision_taken(
-        train_run, tmp_path, measured):
-    """A classifier so small that half precision makes it 0: every image goes from class d to a."""
-    run = train_run()
+        train_run, tmp_path, monkeypatch, measured, fourth, class_map):
+    """A classifier so small that half precision makes it 0: every image goes from the fourth class to the first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'map.txt').write_text('d\nc\nb\na\n')
+    run = train_run(class_map=class_map and str(tmp_path / class_map))
     checkpoint = best(run)
     for key, value in (('fc.weight', 0.), ('fc.bias', 0.)):
         checkpoint['state_dict'][key].fill_(value)
@@ -277,7 +285,7 @@ def test_half_precision_that_turns_right_images_wrong_is_refused_and_full_precis
     torch.save(checkpoint, run / 'model_best.pth.tar')
     options = measured(model=50.0, half=50.0)
     for index in range(2, 14):
-        shutil.copy(tmp_path / 'images/val/d/0.png', tmp_path / f'images/val/d/{index}.png')
+        shutil.copy(tmp_path / f'images/val/{fourth}/0.png', tmp_path / f'images/val/{fourth}/{index}.png')
     with pytest.raises(ValueError, match=r'turns 14 right images wrong and 2 wrong ones right, of 20: .*--full-'):
         export(run, tmp_path / NAME, **SETTINGS, **options)
     main(['export', str(run), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit', '--full-precision',
@@ -285,6 +293,56 @@ def test_half_precision_that_turns_right_images_wrong_is_refused_and_full_precis
     assert torch.equal(weights_of(tmp_path / NAME)['fc.weight'], checkpoint['state_dict']['fc.weight'])
     assert 'metrics_in_full_precision' not in json.loads((tmp_path / NAME / 'results.json').read_text())
     assert 'half precision' not in (tmp_path / NAME / 'README.md').read_text()
+    assert json.loads((tmp_path / 'validate.py.json').read_text())['class_map'] == (
+        str(tmp_path / class_map) if class_map else None)
+    assert yaml.safe_load((tmp_path / NAME / 'args.yaml').read_text())['class_map'] == class_map
+
+
+def test_gray_images_of_torchvision_are_counted_and_validated(train_run, tmp_path, measured):
+    raw = tmp_path / 'images/MNIST/raw'
+    options = measured(model=50.0, half=50.0)
+    raw.mkdir(parents=True)
+    for part, count in (('train', 6), ('t10k', 5)):
+        (raw / f'{part}-images-idx3-ubyte').write_bytes(struct.pack('>4I', 2051, count, 8, 8) + bytes(count * 64))
+        (raw / f'{part}-labels-idx1-ubyte').write_bytes(struct.pack('>2I', 2049, count) + bytes(count))
+    results = export(train_run(in_chans=1, dataset='torch/mnist'), tmp_path / NAME, **SETTINGS, **options)
+    assert (results['training'][0]['images'], results['metrics']['images']) == (2 * 6, 5)
+    asked = json.loads((tmp_path / 'validate.py.json').read_text())
+    assert (asked['in_chans'], asked['dataset']) == (1, 'torch/mnist')
+
+
+def test_images_that_cannot_be_counted_are_left_out(train_run, tmp_path, measured, caplog):
+    run = train_run(dataset='wds/nothing', val_num_samples=7)
+    results = export(run, tmp_path / NAME, **SETTINGS, **measured(model=50.0, half=50.0), full_precision=True)
+    assert 'images' not in {**results['training'][0], **results['metrics']}
+    assert 'On the validation images of noise,' in (tmp_path / NAME / 'README.md').read_text()
+    assert json.loads((tmp_path / 'validate.py.json').read_text())['num_samples'] == '7'
+    assert {message.partition(':')[0] for message in caplog.messages} == {
+        f'The {part} images in {tmp_path / "images"} are not counted' for part in ('train', 'val')}
+
+
+def test_epsilon_of_batch_norm_stays(train_run, tmp_path):
+    export(train_run(network='test_efficientnet', bn_eps=0.1), tmp_path / 'test_efficientnet.aws_noise', **SETTINGS)
+    folder = tmp_path / 'test_efficientnet.aws_noise'
+    assert json.loads((folder / 'config.json').read_text())['model_args']['bn_eps'] == 0.1
+    assert timm.create_model(f'local-dir:{folder}').bn1.eps == 0.1
+
+
+def test_without_matplotlib_there_is_no_picture(train_run, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, 'timm_aws.plot', None)
+    export(train_run(), tmp_path / NAME, **SETTINGS)
+    check_folder(tmp_path / NAME)
+    assert caplog.messages == ['There is no effective_lr.png: install timm_aws[figures] for the picture.']
+    assert (tmp_path / NAME / 'effective_lr.csv').is_file()
+    assert 'effective_lr.png' not in (tmp_path / NAME / 'README.md').read_text()
+
+
+def test_damaged_checkpoints_beside_the_best_are_left_out_of_the_curves(train_run, tmp_path):
+    run = train_run(epochs=3)
+    (run / 'checkpoint-0.pth.tar').write_bytes(b'')
+    export(run, tmp_path / NAME, **SETTINGS)
+    with (tmp_path / NAME / 'effective_lr.csv').open() as file:
+        assert {row['epoch'] for row in csv.DictReader(file)} == {'2', '3'}
 
 
 def test_what_is_there_already_stays(train_run, tmp_path):

@@ -3,6 +3,7 @@ import csv
 import datetime
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -28,8 +29,12 @@ from .train_run import Checkpoint, find_checkpoint, layers_of, load_checkpoint, 
 
 __all__ = ['export', 'hardware']
 
+_logger = logging.getLogger(__name__)
+
 # Options of train.py about paths on one machine, and how many checkpoints are kept there.
 _PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume', 'checkpoint_hist')
+# Options of train.py about the data set that validate.py has too.
+_DATA = ('dataset', 'class_map', 'input_img_mode', 'input_key', 'target_key')
 # What the Hub takes for the licence of a model, without the licences of single models.
 _LICENSES = '''
     afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd
@@ -120,10 +125,14 @@ def export(
 def _network(checkpoint: Checkpoint) -> Any:
     """Builds the network that train.py has built, without weights."""
     args = checkpoint.args
-    in_chans = args['input_size'][0] if args['in_chans'] is None and args.get('input_size') else args['in_chans']
     return timm.create_model(
-        args['model'], num_classes=args['num_classes'], in_chans=in_chans, global_pool=args['gp'],
-        **args['model_kwargs'])
+        args['model'], num_classes=args['num_classes'], in_chans=checkpoint.in_chans, global_pool=args['gp'],
+        **_model_args(args))
+
+
+def _model_args(args: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of create_model that config.json has to keep."""
+    return args['model_kwargs'] | ({'bn_eps': args['bn_eps']} if args.get('bn_eps') is not None else {})
 
 
 def _start(first: Checkpoint, cfg: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +204,7 @@ def _write_config(
             raise ValueError(f'{labels} names {len(names)} classes, the network has {model.num_classes}.')
         config = {'label_names': list(names), 'label_descriptions': names}
     save_for_hf(  # with weights, which _write_weights replaces
-        model, str(folder), model_config=config, model_args=args['model_kwargs'] or None, safe_serialization=True)
+        model, str(folder), model_config=config, model_args=_model_args(args) or None, safe_serialization=True)
     exported = read_json(folder / CONFIG)
     exported.get('model_args', {}).pop('num_classes', None)  # transformers passes it a second time and fails
     (folder / CONFIG).write_text(json.dumps(exported, indent=2), encoding='utf-8')
@@ -207,6 +216,8 @@ def _settings(args: dict[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in args.items() if key not in _PLACES}
     if settings['model'].startswith('local-dir:'):
         settings['model'] = f'local-dir:{Path(settings["model"]).name}'
+    if settings.get('class_map'):
+        settings['class_map'] = Path(settings['class_map']).name
     if settings.get('pretrained_path'):
         settings['pretrained_path'] = _last_parts(settings['pretrained_path'])
     return settings
@@ -235,8 +246,10 @@ def _validate(
     command = [
         sys.executable, '-m', 'timm_aws', 'run', str(validate_py.resolve()), '--data-dir', str(data_dir.resolve()),
         '--model', f'local-dir:{folder.resolve()}', *weights, *(['--use-ema'] if ema else []),
-        '--split', args['val_split'], '--workers', str(args['workers']),
+        '--in-chans', str(checkpoint.in_chans), '--split', args['val_split'], '--workers', str(args['workers']),
         '--device', args['device'] if torch.cuda.is_available() else 'cpu',
+        *(word for key, value in _data_options(args, 'val').items()
+          for word in (f"--{key.replace('_', '-')}", str(value))),
     ]
     with tempfile.TemporaryDirectory() as aside:
         path = Path(aside, 'results.json')
@@ -248,9 +261,36 @@ def _validate(
         found = json.loads(path.read_text())
     return {
         **{key: found[key] for key in ('top1', 'top5', 'img_size', 'crop_pct', 'interpolation')},
-        'images': len(create_dataset('', root=str(data_dir), split=args['val_split'])),
+        **_images(checkpoint, 'val', data_dir),
         'by': "timm's validate.py",
     }
+
+
+def _data_options(args: dict[str, Any], part: str) -> dict[str, Any]:
+    """Returns the options that train.py has given about the data set's part 'train' or 'val', as validate.py has them.
+
+    The map of classes may lie in the working directory, which validate.py leaves.
+    """
+    options = {**{key: args.get(key) for key in _DATA}, 'num_samples': args.get(f'{part}_num_samples')}
+    if args.get('class_map') and Path(args['class_map']).is_file():
+        options['class_map'] = Path(args['class_map']).resolve()
+    return {key: value for key, value in options.items() if value}
+
+
+def _data_set(checkpoint: Checkpoint, part: str, data_dir: Path) -> Any:
+    """Builds the data set's part 'train' or 'val' as train.py does."""
+    options = {'input_img_mode': 'RGB' if checkpoint.in_chans == 3 else 'L', **_data_options(checkpoint.args, part)}
+    return create_dataset(
+        options.pop('dataset', ''), root=str(data_dir), split=checkpoint.args[f'{part}_split'], **options)
+
+
+def _images(checkpoint: Checkpoint, part: str, data_dir: Path) -> dict[str, int]:
+    """Returns {'images': their number in the data set's part 'train' or 'val'}, {} where they cannot be counted."""
+    try:
+        return {'images': len(_data_set(checkpoint, part, data_dir))}
+    except Exception as error:  # the readers of timm raise many types, and assert
+        _logger.warning(f'The {part} images in {data_dir} are not counted: {" ".join(str(error).split())}')
+        return {}
 
 
 @torch.inference_mode()
@@ -264,18 +304,18 @@ def _check_half(model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, da
     device = args['device'] if torch.cuda.is_available() else 'cpu'
     stored: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
     data = resolve_model_data_config(stored)
-    dataset: Any = create_dataset(
-        '', root=str(data_dir), split=args['val_split'], input_img_mode='RGB' if data['input_size'][0] == 3 else 'L')
+    dataset = _data_set(checkpoint, 'val', data_dir)
     dataset.transform = create_transform(**data, is_training=False)
-    lost = gained = 0
+    lost = gained = total = 0
     for images, labels in DataLoader(dataset, args['batch_size'], num_workers=args['workers']):
         before, after = (
             network.eval().to(device)(images.to(device)).argmax(1).cpu() == labels for network in (model, stored))
         lost, gained = lost + int((before & ~after).sum()), gained + int((after & ~before).sum())
+        total += len(labels)
     differ = lost + gained
     if 100 * sum(math.comb(differ, count) for count in range(lost, differ + 1)) < 2 ** differ:
         raise ValueError(
-            f'Half precision turns {lost} right images wrong and {gained} wrong ones right, of {len(dataset)}: the '
+            f'Half precision turns {lost} right images wrong and {gained} wrong ones right, of {total}: the '
             f'weights are too small or too large for it, give full_precision=True (--full-precision).'
         )
 
@@ -349,7 +389,7 @@ def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> d
         if seconds >= 0:  # a copy of args.yaml may be younger
             stage_results['hours'] = round(seconds / 3600, 2)
     if data_dir:
-        stage_results['images'] = stage.epochs * len(create_dataset('', root=str(data_dir), split=args['train_split']))
+        stage_results |= {key: stage.epochs * count for key, count in _images(stage, 'train', data_dir).items()}
     return stage_results
 
 
@@ -359,15 +399,21 @@ def _write_effective_lr(checkpoint: Checkpoint, folder: Path) -> None:
     before = 0
     for stage in stages_of(checkpoint):
         for path in stage.path.parent.glob('checkpoint-*.pth.tar'):
-            saved = load_checkpoint(path)
+            try:
+                saved = load_checkpoint(path)
+            except (OSError, ValueError):  # cut off by a full disk, say
+                continue
             if saved.epochs <= stage.epochs:
                 rows += [(before + saved.epochs, *row) for row in layers_of(saved)]
         before += stage.epochs
     if not rows:
         return
-    from ..plot import plot_effective_lr  # needs matplotlib
-
     with (folder / CURVES).open('w', newline='') as file:
         # Sorted by epoch; the layers of one epoch stay in the network's order.
         csv.writer(file).writerows([('epoch', 'layer', 'lr', 'length'), *sorted(rows, key=lambda row: row[0])])
-    plot_effective_lr(folder / CURVES, folder / PICTURE)
+    try:
+        from ..plot import plot_effective_lr
+    except ImportError:  # the package can do without matplotlib
+        _logger.warning(f'There is no {PICTURE}: install timm_aws[figures] for the picture.')
+    else:
+        plot_effective_lr(folder / CURVES, folder / PICTURE)

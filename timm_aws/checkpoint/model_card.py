@@ -131,9 +131,10 @@ def _results(results: dict[str, Any]) -> str:
     metrics, full = results['metrics'], results.get('metrics_in_full_precision')
     precision = '' if full is None else (
         f'\nThe filters are stored in half precision. In full precision top-1 is {full["top1"]:.2f} %.\n')
+    images = f'{metrics["images"]:,} ' if 'images' in metrics else ''
     return f'''## Results
 
-On the {metrics["images"]:,} validation images of {_escaped(results["dataset"])}, measured on these files by \
+On the {images}validation images of {_escaped(results["dataset"])}, measured on these files by \
 {metrics["by"]}:
 
 | top-1 | top-5 | image size | crop | interpolation |

@@ -39,6 +39,11 @@ class Checkpoint:
         return self.content['epoch'] + 1
 
     @property
+    def in_chans(self) -> int:
+        """Number of channels of the images."""
+        return self.args['in_chans'] or (self.args.get('input_size') or [3])[0]
+
+    @property
     def has_ema(self) -> bool:
         """Whether the file holds averaged weights too."""
         return 'state_dict_ema' in self.content
