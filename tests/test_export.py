@@ -149,8 +149,7 @@ def test_results_tell_how_the_weights_came_about(train_run, tmp_path, measured):
     assert results['metrics_in_full_precision']['top1'] == 50.5  # that it has more points alone is no harm
     assert results['train_py'] == {'epoch': 2, 'top1': 10.0}
     (stage,) = results['training']
-    assert stage == {'command': 'python train.py --config args.yaml --data-dir images', 'epochs': 2,
-                     'hours': stage['hours'], 'images': 24}
+    assert stage == {'command': 'python train.py --config args.yaml --data-dir images', 'epochs': 2, 'images': 24}
     assert results['seed'] == 42
     assert results['versions']['torch'] == torch.__version__.split('+')[0]
     parameters = sum(parameter.numel() for parameter in timm.create_model('test_ws_resnet', num_classes=4).parameters())
@@ -418,7 +417,8 @@ def test_run_that_distils_features_has_curves(train_run, tmp_path):
 def test_pretrained_run_names_its_weights(train_run, tmp_path):
     results = export(train_run(pretrained=True), tmp_path / NAME, **SETTINGS)
     assert results['start'] == {'name': 'test_ws_resnet.untrained', 'license': 'apache-2.0'}
-    assert 'start' not in export(train_run(pretrained=False), tmp_path / 'scratch' / NAME, **SETTINGS)
+    run = train_run(pretrained=False, pretrained_path='ignored.pth')
+    assert 'start' not in export(run, tmp_path / 'scratch' / NAME, **SETTINGS)
     assert 'trained from scratch on noise' in ' '.join((tmp_path / 'scratch' / NAME / 'README.md').read_text().split())
 
 
@@ -440,8 +440,9 @@ def test_gray_run_of_a_network_named_with_its_tag(train_run, tmp_path):
 
 
 def test_run_of_a_checkpoint_folder(train_run, checkpoint_folder, tmp_path):
-    run = train_run(model=f'local-dir:{checkpoint_folder}')
-    export(run, tmp_path / NAME, **SETTINGS)
+    run = train_run(model=f'local-dir:{checkpoint_folder}', pretrained=True)
+    assert export(run, tmp_path / NAME, **SETTINGS)['start'] == {
+        'name': NAME, 'dataset': 'noise', 'license': 'apache-2.0'}
     assert json.loads((tmp_path / NAME / 'config.json').read_text())['architecture'] == 'test_ws_resnet'
     assert yaml.safe_load((tmp_path / NAME / 'args.yaml').read_text())['model'] == f'local-dir:{NAME}'
     assert all(str(checkpoint_folder.parent).encode() not in path.read_bytes() for path in (tmp_path / NAME).iterdir())
@@ -478,11 +479,41 @@ def test_command_of_the_card_is_one_line_that_a_shell_reads_whatever_was_typed(t
     assert words[words.index('--aa') + 1:][:4] == typed
 
 
-def test_hours_are_left_out_where_args_are_younger_than_the_checkpoint(train_run, tmp_path):
+@pytest.mark.parametrize('resume, seconds, hours', [('', 7200, 2.0), ('', 59, None), ('', -1, None),
+                                                    ('gone.pth.tar', 7200, None)])
+def test_hours_are_told_where_the_times_of_the_files_give_them(train_run, tmp_path, resume, seconds, hours):
+    run = train_run(resume=resume)
+    started = (run / 'model_best.pth.tar').stat().st_mtime - seconds
+    os.utime(run / 'args.yaml', (started, started))
+    assert export(run, tmp_path / NAME, **SETTINGS)['training'][0].get('hours') == hours
+    told = re.findall('[0-9.]+ hours', (tmp_path / NAME / 'README.md').read_text())
+    assert told == ([f'{hours} hours'] if hours else [])
+
+
+def test_resumed_run_is_told_from_its_beginning(train_run, tmp_path):
+    first = train_run()
+    second = train_run(epochs=3, resume=str(first / 'last.pth.tar'))
+    results = export(second, tmp_path / NAME, **SETTINGS)
+    assert [stage['epochs'] for stage in results['training']] == [2, 1]
+    assert results['train_py']['epoch'] == 3
+    assert results['training'][1]['command'].endswith(f' --resume {first.name}/last.pth.tar')
+    with (tmp_path / NAME / 'effective_lr.csv').open() as file:
+        rows = [row['epoch'] for row in csv.DictReader(file)]
+    assert rows == [epoch for epoch in '123' for _ in range(len(rows) // 3)]
+    card = ' '.join((tmp_path / NAME / 'README.md').read_text().split())
+    assert 'trained from scratch on noise' in card and 'trained on noise only' in card and '3 epochs' in card
+
+
+@pytest.mark.parametrize('overwritten', [True, False])
+def test_run_whose_first_part_is_gone_is_not_told_to_be_from_scratch(train_run, tmp_path, overwritten):
     run = train_run()
-    os.utime(run / 'args.yaml', (2 ** 32, 2 ** 32))
-    assert 'hours' not in export(run, tmp_path / NAME, **SETTINGS)['training'][0]
-    assert 'hours' not in (tmp_path / NAME / 'README.md').read_text()
+    start = run / 'last.pth.tar' if overwritten else run / 'before' / 'last.pth.tar'
+    _settings_of(run, resume=str(start))
+    results = export(run, tmp_path / NAME, **SETTINGS)
+    name = f'{start.parent.name}/last.pth.tar'
+    assert (results['start'], [stage['epochs'] for stage in results['training']]) == ({'name': name}, [2])
+    card = ' '.join((tmp_path / NAME / 'README.md').read_text().split())
+    assert 'from scratch' not in card and 'noise only' not in card
 
 
 def run_code_of_card(folder):

@@ -137,10 +137,10 @@ def _model_args(args: dict[str, Any]) -> dict[str, Any]:
 
 def _start(first: Checkpoint, cfg: dict[str, Any]) -> dict[str, Any]:
     """Returns {'start': name and, where known, dataset and license of the weights before the first run}."""
-    path = first.args['initial_checkpoint'] or first.args.get('pretrained_path')
+    path = first.start or (first.args.get('pretrained') and (first.args.get('pretrained_path') or cfg.get('file')))
     if path:
         start = {'name': _last_parts(path)}
-        folder = Path(path).parent
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
         if (folder / RESULTS).is_file() and (folder / CONFIG).is_file():
             start = {
                 'name': folder.name,
@@ -335,7 +335,7 @@ def _results(
                               if not name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))),
             'ema': ema,
         },
-        'train_py': {'epoch': checkpoint.epochs, args['eval_metric']: checkpoint.content.get('metric')},
+        'train_py': {'epoch': checkpoint.end, args['eval_metric']: checkpoint.content.get('metric')},
         'training': [_stage(args, stage, data_dir) for stage in stages_of(checkpoint)],
         'alpha': checkpoint.alpha,
         'seed': args['seed'],
@@ -364,8 +364,9 @@ def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> d
     args = stage.args
     last = _settings(final)
     other = {key: value for key, value in _settings(args).items() if value != last.get(key)}
-    if args['initial_checkpoint']:
-        other['initial_checkpoint'] = _last_parts(args['initial_checkpoint'])
+    for key in ('initial_checkpoint', 'resume'):
+        if args.get(key):
+            other[key] = _last_parts(args[key])
     words = ['python', 'train.py', '--config', 'args.yaml', '--data-dir', Path(args['data_dir'] or 'DATA').name]
     notes = []
     for key, value in other.items():
@@ -376,17 +377,17 @@ def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> d
             value = [f'{name}={item}' for name, item in value.items()]
         values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
         words += [f"--{key.replace('_', '-')}", *map(str, values)]
-    if args is not final and stage.epochs < args['epochs']:
-        notes.append(f'the next run starts from epoch {stage.epochs} of {args["epochs"]}')
+    if args is not final and stage.end < args['epochs']:
+        notes.append(f'the next run starts from epoch {stage.end} of {args["epochs"]}')
     command = shlex.join(words) + (f'  # {", ".join(notes)}' if notes else '')
     for newline in '\n\r':  # one line, whatever has been typed; where a word holds it, shlex has put it into quotes
         command = command.replace(newline, f"'${newline!r}'")
     stage_results: dict[str, Any] = {'command': command, 'epochs': stage.epochs}
     started = stage.path.with_name('args.yaml')
-    if started.is_file():
-        # From the start of the run, or its last --resume, until the checkpoint was written.
+    if started.is_file() and not args.get('resume'):  # which writes args.yaml anew
+        # From the start of the run until the checkpoint was written.
         seconds = stage.path.stat().st_mtime - started.stat().st_mtime
-        if seconds >= 0:  # a copy of args.yaml may be younger
+        if seconds >= 60:  # else they are copies, with the time of copying
             stage_results['hours'] = round(seconds / 3600, 2)
     if data_dir:
         stage_results |= {key: stage.epochs * count for key, count in _images(stage, 'train', data_dir).items()}
@@ -403,8 +404,8 @@ def _write_effective_lr(checkpoint: Checkpoint, folder: Path) -> None:
                 saved = load_checkpoint(path)
             except (OSError, ValueError):  # cut off by a full disk, say
                 continue
-            if saved.epochs <= stage.epochs:
-                rows += [(before + saved.epochs, *row) for row in layers_of(saved)]
+            if stage.begin < saved.end <= stage.end:
+                rows += [(before + saved.end - stage.begin, *row) for row in layers_of(saved)]
         before += stage.epochs
     if not rows:
         return

@@ -1,6 +1,6 @@
 """The output of timm's train.py: its checkpoints, the options in them, and the chain of runs that led to one."""
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,27 @@ class Checkpoint:
         path: Its file.
         args: Every option of train.py, by name.
         content: What the file holds.
+        begin: Number of finished epochs that its run went on from.
     """
     path: Path
     args: dict[str, Any]
     content: dict[str, Any]
+    begin: int = 0
+
+    @property
+    def end(self) -> int:
+        """Number of finished epochs, with those that its run went on from."""
+        return self.content['epoch'] + 1
 
     @property
     def epochs(self) -> int:
-        """Number of finished epochs."""
-        return self.content['epoch'] + 1
+        """Number of epochs that its run has finished."""
+        return self.end - self.begin
+
+    @property
+    def start(self) -> str:
+        """File of the weights that its run started from, '' without one."""
+        return self.args.get('resume') or self.args['initial_checkpoint']
 
     @property
     def in_chans(self) -> int:
@@ -97,7 +109,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     # A record is a file of one machine.
     args['opt_kwargs'] = {
         key: value for key, value in (args.get('opt_kwargs') or {}).items() if key not in ('record', 'record_every')}
-    return Checkpoint(path.resolve(), args, content)
+    return Checkpoint(path.resolve(), args, content, begin=args.get('start_epoch') or 0)
 
 
 def _problem(content: Any) -> str:
@@ -116,18 +128,22 @@ def _problem(content: Any) -> str:
 
 
 def stages_of(checkpoint: Checkpoint) -> list[Checkpoint]:
-    """Follows --initial-checkpoint back: the last checkpoint of each run that led to this one, in order of time.
+    """Follows --resume and --initial-checkpoint back: the last checkpoint of each run that led here, in order of time.
 
     It stops at weights that no run of train.py has left, such as a plain state dict.
     """
     stages = [checkpoint]
-    while (start := stages[0].args['initial_checkpoint']) and Path(start).is_file():
+    while (first := stages[0]).start and Path(first.start).is_file():
         try:
-            stage = load_checkpoint(Path(start))
+            stage = load_checkpoint(Path(first.start))
         except ValueError:
             break
-        if stage.path in [known.path for known in stages]:  # overwritten by the run that started from it
+        counts_on = first.args.get('resume') and first.args.get('start_epoch') is None
+        later = counts_on and stage.end >= first.end
+        if later or str(stage.args) in [str(known.args) for known in stages]:  # overwritten by what started from it
             break
+        if counts_on:
+            stages[0] = replace(first, begin=stage.end)
         stages.insert(0, stage)
     return stages
 
