@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from small_networks import a_conv, an_input, calibrated, relative_error
 from timm.layers import BatchNormAct2d
+from torch.nn.utils import prune
 
 import timm_aws
 from timm_aws import CWNConv2d, WSConv2d
@@ -64,7 +65,7 @@ def test_convert_reports_every_reason(caplog):
     with caplog.at_level(logging.INFO, logger='timm_aws'):
         assert timm_aws.convert(model, 'cwn') is model
     assert caplog.messages == [
-        'Converted 2 of 5 convolutions of Sequential to cwn. Left: 2 (fan-in 1), 7 (no norm follows), '
+        'Converted 2 of 5 convolutions of Sequential to cwn. Left: 2 (fan-in 1); 7 (no norm follows); '
         '9 (StdConv2d has a forward of its own).'
     ]
     assert [i for i, m in enumerate(model) if isinstance(m, CWNConv2d)] == [0, 4]
@@ -213,7 +214,7 @@ def test_looking_at_norms_draws_no_random_numbers_and_leaves_their_statistics():
 def test_a_weight_that_a_plain_layer_shares_is_left():
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU())
     model[2].weight = model[0].weight
-    with pytest.raises(ValueError, match=r'0 \(shares its weight with 2\), 2 \(no norm follows\)'):
+    with pytest.raises(ValueError, match=r'0 \(shares its weight with 2\); 2 \(no norm follows\)'):
         timm_aws.convert(model, 'ws')
 
 
@@ -298,11 +299,40 @@ def test_wn_keeps_what_a_trained_network_computes_or_leaves_the_convolution(case
     expected = model(x).detach()
     with caplog.at_level(logging.INFO, logger='timm_aws'):
         timm_aws.convert(model, 'wn')
-    assert caplog.messages[0].count(' (') == sum(map(bool, reasons))
+    assert caplog.messages[0].count(' (') == len(set(filter(None, reasons)))
     assert all(f'({reason}' in caplog.messages[0] for reason in reasons if reason)
     assert [type(m) is nn.Conv2d for m in model[1].modules() if isinstance(m, nn.Conv2d)] == [bool(r) for r in reasons]
     assert relative_error(model(x).detach(), expected) < 1e-8
     assert not recwarn
+
+
+@pytest.mark.parametrize('compute', [
+    lambda conv: prune.ln_structured(conv, 'weight', 0.5, n=1, dim=1), torch.nn.utils.weight_norm,
+    torch.nn.utils.spectral_norm])
+def test_wn_takes_a_computed_weight_as_it_is_after_a_checkpoint_was_loaded(compute):
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(compute(a_conv(3.)), nn.BatchNorm2d(8))
+
+    torch.manual_seed(1)
+    trained, loaded = calibrated(network(), 1, 8, 9, 9), network()
+    with torch.no_grad():
+        next(p for name, p in trained.named_parameters() if '.weight_' in name and p.ndim == 4).mul_(
+            torch.linspace(1, 5, 8).view(-1, 1, 1, 1))
+    trained = calibrated(trained, 1, 8, 9, 9)
+    loaded.load_state_dict(trained.state_dict())
+    x = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(1))
+    expected = trained(x).detach()
+    converted = timm_aws.convert(loaded.eval(), 'wn')
+    assert relative_error(converted(x).detach(), expected) < 1e-5
+
+
+def test_gradient_checkpointing_hides_no_norm():
+    model = timm.create_model('densenet121', num_classes=2)
+    expected = timm_aws.normalized_weights(model, batch_norm=True)
+    model.set_grad_checkpointing(True)
+    assert timm_aws.normalized_weights(model, batch_norm=True) == expected
+    assert len(expected) == 120
 
 
 def test_looking_at_a_network_leaves_nothing_in_its_modules():

@@ -121,3 +121,14 @@ def test_folding_of_a_layer_under_two_names_and_of_a_pruned_one():
         assert [type(m) for m in folded] == [nn.Conv2d, nn.BatchNorm2d] * 2 + [nn.Conv2d, nn.Identity]
         assert relative_error(folded(an_input(torch.float32)), expected) < 1e-5
         assert list(folded[4].state_dict()) == ['weight', 'bias']
+
+
+def test_norms_of_a_network_in_evaluation_are_folded_within_a_wrapper_in_training():
+    network = calibrated(timm.create_model('test_ws_resnet', num_classes=2), 1, 3, 32, 32)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    wrapper = nn.Sequential(network, nn.Softmax(1))
+    expected = wrapper(x).detach().double()
+    folded = timm.utils.reparameterize_model(wrapper)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert folded.training and not folded[0].training
+    assert relative_error(folded(x).detach(), expected) < 1e-4

@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import timm_aws
 from timm_aws import AwsSGD, CWNConv2d, WNConv2d, WSConv2d
@@ -253,3 +254,14 @@ def test_an_ensemble_under_vmap_equals_its_members(mode):
     with mode():
         both = torch.func.vmap(lambda p, b: torch.func.functional_call(convs[0], (p, b), (X,)))(params, buffers)
     torch.testing.assert_close(both, torch.stack([conv(X) for conv in convs]))
+
+
+@pytest.mark.parametrize('cls', [WSConv2d, WNConv2d, CWNConv2d])
+def test_a_forward_with_fake_tensors_leaves_nothing_behind(cls):
+    conv, x = cls(3, 8, 3).eval(), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        expected = conv(x)
+        for _ in range(2):
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                conv(x)
+            assert torch.equal(conv(x), expected)

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.utils.prune
 from torch.nn.utils import parametrizations, weight_norm
+from torch.overrides import TorchFunctionMode
 
 import timm_aws
 from timm_aws import AwsAdam, AwsSGD, CWNConv2d, WNConv2d, WSConv2d
@@ -59,6 +60,59 @@ def test_output_does_not_depend_on_the_length_of_what_is_found(name):
     with torch.no_grad():
         dict(model.named_parameters())[name].mul_(3)
     torch.testing.assert_close(layer(x), before, rtol=1e-3, atol=1e-4)
+
+
+class _Norm(nn.InstanceNorm2d):
+    """A norm under a name that has to be tried."""
+
+
+class _DeviceOfACpuGenerator(TorchFunctionMode):
+    """Refuses what a CUDA default device refuses: random numbers there, from a generator of the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.randn, torch.rand) and kwargs.get('generator') and kwargs.get('device') is None:
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        return func(*args, **kwargs)
+
+
+def test_layers_are_tried_on_the_cpu_whatever_the_default_device():
+    def network():
+        return nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3, bias=False), _Norm(4))
+
+    expected = timm_aws.normalized_weights(network(), batch_norm=True)
+    assert set(expected.values()) == {'wn'}
+    with _DeviceOfACpuGenerator():
+        assert timm_aws.normalized_weights(network(), batch_norm=True) == expected
+        assert timm_aws.normalized_weights(timm.create_model('test_ws_resnet'))
+
+
+class _Odd(nn.Module):
+    """A layer of a user's own, with other names and kinds of sizes than torch's."""
+
+    def __init__(self, **sizes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 3, 3, 3))
+        self.__dict__.update(sizes)
+
+
+@pytest.mark.parametrize('sizes', [
+    {'in_channels': 3, 'kernel_size': 3}, {'in_channels': 3, 'kernel_size': (3, 3)}, {'in_features': None}])
+def test_layers_of_other_sizes_are_not_normalized_and_raise_nothing(sizes):
+    model = nn.Sequential(_Odd(**sizes), WSConv2d(3, 4, 3))
+    assert timm_aws.normalized_weights(model) == {'1.weight': 'ws'}
+
+
+def test_weights_before_a_norm_of_other_channels_are_not_before_a_norm():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(5)
+
+        def forward(self, x):
+            return self.norm(self.conv(x).permute(0, 2, 1, 3))
+
+    assert timm_aws.normalized_weights(Turned(), batch_norm=True) == {}
 
 
 def test_normalized_weights_of_wrapped_models_have_the_names_of_the_wrapper():
@@ -453,8 +507,9 @@ def test_like_decay_sets_alpha_and_logs_it(caplog):
     with caplog.at_level(logging.INFO, logger='timm_aws'):
         groups = timm_aws.param_groups_aws(_of_std(0.25), like_decay=1e-3)
     assert {(group['normalization'], group['alpha']) for group in groups} == {(None, 0.), ('ws', 4e-3)}
-    assert [record.levelname for record in caplog.records] == ['INFO']
-    assert 'alpha=0.004 ' in caplog.text
+    assert [record.levelname for record in caplog.records] == ['INFO'] * 2
+    assert 'alpha=0.004 ' in caplog.messages[0]
+    assert caplog.messages[1].startswith('1 of 2 weights of Sequential are normalized')
 
 
 def test_like_decay_of_a_plain_network_is_that_of_its_convolutions_before_batch_norm():

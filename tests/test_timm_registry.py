@@ -312,15 +312,41 @@ def test_param_group_fn_is_split_unless_it_says_alpha_itself():
         (4, 0.5, 2.5e-3, 'ws', 0.), (8, 0.5, 0., None, 0.1), (15, 0.1, 0.125, 'cwn', 0.1), (1, 0.1, 0., None, 0.25)]
 
 
-def test_parameters_that_are_not_of_the_model_are_not_shrunk_and_pairs_are_refused():
+def test_parameters_that_are_not_of_the_model_are_not_shrunk():
     model, extra = timm.create_model('ws_resnet18'), nn.Parameter(torch.ones(2, 2))
     optimizer = create_optimizer_v2(
         model, 'aws_sgd', lr=0.1, param_group_fn=lambda m: [{'params': [*m.parameters(), extra]}])
     alpha, = [g['alpha'] for g in optimizer.param_groups if any(p is extra for p in g['params'])]
     assert alpha == 0
-    with pytest.raises(TypeError, match='holds a tuple'):
-        create_optimizer_v2(
-            model, 'aws_sgd', lr=0.1, param_group_fn=lambda m: [{'params': list(m.named_parameters())}])
+
+
+@pytest.mark.parametrize('groups_of', [
+    lambda m: m.named_parameters(), lambda m: [{'params': m.named_parameters()}], lambda m: list(m.parameters())])
+def test_groups_may_hold_parameters_with_their_names(groups_of):
+    model = _model()
+    made = create_optimizer_v2(model, 'aws_sgd', lr=0.1, weight_decay=0.1, param_group_fn=groups_of)
+    shrunk = {name for group in made.param_groups if group['alpha'] for name in group['param_names']}
+    assert shrunk == set(timm_aws.normalized_weights(model))
+    assert sum(len(group['params']) for group in made.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize('name', ['aws_sgd', 'aws_rmsprop'])
+def test_group_with_an_alpha_of_its_own_shrinks_its_normalized_weights_alone(name, caplog):
+    model, key = _model(), {'aws_rmsprop': 'aws_alpha'}.get(name, 'alpha')
+    with caplog.at_level(logging.INFO, logger='timm_aws'):
+        optimizer = create_optimizer_v2(
+            model, name, lr=0.1, weight_decay=0.1, param_group_fn=lambda m: [{'params': m.parameters(), key: 0.3}])
+    found = {group['normalization']: (group[key], group['weight_decay']) for group in optimizer.param_groups}
+    assert found == {None: (0., 0.1), 'ws': (0.3, 0.)}
+    assert caplog.messages == [
+        '15 of 16 weights of NormalizedResNet are normalized: they are shrunk and get no weight decay.']
+
+
+def test_groups_of_param_groups_aws_serve_an_optimizer_with_an_alpha_of_its_own():
+    optimizer = create_optimizer_v2(
+        _model(), 'aws_rmsprop', lr=0.1, param_group_fn=lambda m: timm_aws.param_groups_aws(m, alpha=0.25))
+    assert {(group['normalization'], group['aws_alpha'], group['alpha']) for group in optimizer.param_groups} == {
+        (None, 0., 0.9), ('ws', 0.25, 0.9)}
 
 
 def test_filter_bias_and_bn_off_decays_biases_and_norms_but_no_normalized_weight():

@@ -158,6 +158,20 @@ def test_unknown_normalization_raises():
         timm.create_model('ws_resnet18', normalization='bn')
 
 
+@pytest.mark.parametrize('normalization', ['ws', 'wn', 'cwn'])
+def test_unfolded_model_exports_to_onnx(tmp_path, normalization):
+    onnx = pytest.importorskip('onnx')
+    model = timm.create_model('test_ws_resnet', normalization=normalization).eval()
+    torch.onnx.export(model, (torch.randn(1, 3, 64, 64),), str(tmp_path / 'm.onnx'), dynamo=False)
+    onnx.checker.check_model(onnx.load(tmp_path / 'm.onnx'))
+
+
+def test_weights_of_one_normalization_are_not_loaded_into_another():
+    with pytest.raises(ValueError, match=r"^The weights of ws_resnet50\.aws_tin200 were trained with 'ws', not with "
+                                         r"normalization='wn': leave it out, then call timm_aws\.convert"):
+        timm.create_model('ws_resnet50_aws', pretrained=True, normalization='wn')
+
+
 def test_folded_model_exports_to_onnx_as_plain_convolutions(tmp_path):
     onnx = pytest.importorskip('onnx')
     model = timm.utils.reparameterize_model(timm.create_model('test_ws_resnet').eval())

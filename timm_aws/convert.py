@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from .data_flow import ConvNormPair, conv_norm_pairs
-from .layers import NormalizedConv2d, fan_in, normalized_class
+from .layers import NormalizedConv2d, compute_weights, fan_in, normalized_class
 from .norm_statistics import have_learned, relative_length, rescale_statistics
 from .rule import get_normalization
 
@@ -51,6 +51,7 @@ def convert(model: nn.Module, normalization: str) -> nn.Module:
     centered = get_normalization(normalization).centered  # raises where there is none
     pairs = {pair.conv: pair for pair in conv_norm_pairs(model)}
     reasons = _reasons_to_leave(model, pairs)
+    compute_weights(model)
     trained = have_learned(model.get_submodule(pair.norm) for pair in pairs.values())
     if trained and not centered:
         reasons = {name: reason or _hindrance(model, pairs[name]) for name, reason in reasons.items()}
@@ -115,7 +116,10 @@ def normalize_convs(
 
 
 def _listing(left: dict[str, str]) -> str:
-    return ', '.join(f'{name} ({reason})' for name, reason in left.items())
+    names = defaultdict(list)
+    for name, reason in left.items():
+        names[reason].append(name)
+    return '; '.join(f'{", ".join(layers)} ({reason})' for reason, layers in names.items())
 
 
 def reasons_to_leave(model: nn.Module) -> dict[str, str | None]:

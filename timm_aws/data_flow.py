@@ -86,17 +86,18 @@ def norm_layers(root: nn.Module) -> dict[nn.Module, bool]:
         Norm layer to whether it treats each channel by itself, so that each may be of another scale.
     """
     found = {}
-    for module in root.modules():
-        training = module.training or not root.training  # in a network in evaluation, all will train again
-        if type(module) in _KNOWN_NORMS and training:
-            found[module] = _KNOWN_NORMS[type(module)]
-        elif type(module).__module__ not in _NO_NORMS and not any(map(_has_filters, module.modules())):
-            x = torch.randn(2, _channels(module), 5, 6, generator=torch.Generator().manual_seed(0))
-            scales = torch.logspace(1, 3, x.shape[1])
-            for images, each_channel in ((x, scales.view(-1, 1, 1)), (x.permute(0, 2, 3, 1), scales)):
-                if _ignores(module, training, images, torch.tensor(100.)):
-                    found[module] = _ignores(module, training, images, each_channel)
-                    break
+    with torch.device('cpu'):  # whatever torch.set_default_device says
+        for module in root.modules():
+            training = module.training or not root.training  # in a network in evaluation, all will train again
+            if type(module) in _KNOWN_NORMS and training:
+                found[module] = _KNOWN_NORMS[type(module)]
+            elif type(module).__module__ not in _NO_NORMS and not any(map(_has_filters, module.modules())):
+                x = torch.randn(2, _channels(module), 5, 6, generator=torch.Generator().manual_seed(0))
+                scales = torch.logspace(1, 3, x.shape[1])
+                for images, each_channel in ((x, scales.view(-1, 1, 1)), (x.permute(0, 2, 3, 1), scales)):
+                    if _ignores(module, training, images, torch.tensor(100.)):
+                        found[module] = _ignores(module, training, images, each_channel)
+                        break
     return found
 
 
@@ -146,6 +147,11 @@ class _Tracer(torch.fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in self.opaque or next(m.children(), None) is None or m in self.norms
+
+    def to_bool(self, obj):
+        if isinstance(obj, torch.fx.proxy.Attribute) and obj.attr == 'requires_grad':
+            return False  # timm's DenseNet asks it of its inputs, before it checkpoints gradients
+        return super().to_bool(obj)
 
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self.thread:  # a network that runs meanwhile
@@ -252,7 +258,8 @@ def _norms_behind(
             added = _channels_after(node, user, modules) if joins else None if user.target == 'permute' else 0
             further = None if after is None or added is None else after + added
             behind = _norms_behind(user, modules, norms, each_channel or joins, further)
-            if not behind:
+            # A permutation takes the channels where only a norm of all of them finds them.
+            if not behind or (user.target == 'permute' and any(norms[modules[call.target]] for call, _ in behind)):
                 return []
             found += behind
         elif not (user.target in _METADATA or (user.target is getattr and user.args[1] in ('shape', 'ndim', 'dtype'))):

@@ -34,7 +34,10 @@ def fold_normalization(
         if module in plain:
             _replace(model, name, plain[module])
     model = reparameterize(model)
-    for pair in conv_norm_pairs(model) if plain else ():
+    training, model.training = model.training, False  # in evaluation, a norm of a part in evaluation is none that froze
+    pairs = conv_norm_pairs(model) if plain else []
+    model.training = training
+    for pair in pairs:
         conv: Any = model.get_submodule(pair.conv)
         if pair.exclusive and conv in plain.values():
             _replace(model, pair.norm, _fold_norm(conv, model.get_submodule(pair.norm)))

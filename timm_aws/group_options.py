@@ -43,16 +43,20 @@ class ShrinkGroups(torch.optim.Optimizer):
         """Adds a group. What timm's factory made from a model splits it into normalized weights and the rest.
 
         Args:
-            param_group: Parameters and options. With `alpha` or `normalization` among them it is taken as it is.
+            param_group: Parameters and options. With `normalization` among them it is taken as it is.
 
         Raises:
             TypeError: If an option is of the wrong type.
             ValueError: If an option is out of range, or if nothing says whether the weights are normalized.
         """
+        if self.alpha_key not in param_group and {'alpha', 'normalization'} <= param_group.keys():
+            # of param_groups_aws, for an optimizer with an alpha of its own
+            param_group = {self.alpha_key: param_group['alpha'], **param_group}
+            del param_group['alpha']
         if self.alpha_key not in self.defaults:  # the base constructor adds the first groups
             super().add_param_group(param_group)
             return
-        is_named = self.alpha_key in param_group or 'normalization' in param_group
+        is_named = 'normalization' in param_group
         count = len(self.param_groups)
         try:
             for group in [param_group] if is_named or self._split is None else self._split([param_group]):

@@ -30,7 +30,7 @@ def same_outputs(
     """
     outputs = []
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device('cpu'):  # whatever torch.set_default_device says
             for value in values:
                 torch.default_generator.manual_seed(0)  # of a dropout; torch.manual_seed would change the GPUs' too
                 outputs.append(output(value))
@@ -53,24 +53,23 @@ def tried(module: nn.Module, name: str, known: str | None = None, before_norm: b
     Returns:
         'ws' or 'wn', or what is known; None where the output changes, or where the layer cannot be tried.
     """
-    if hasattr(module, 'kernel_size') and hasattr(module, 'in_channels'):
-        conv: Any = module
-        sizes = zip(conv.kernel_size, conv.dilation, conv.stride)
-        shape = [conv.in_channels, *(2 * kernel * dilation + stride for kernel, dilation, stride in sizes)]
-    elif hasattr(module, 'in_features'):
-        shape = [module.in_features]  # type: ignore[list-item]
-    else:
-        return None
     param = module.get_parameter(name)
-    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(param)
     # Buffers are handed over too, so that those that a forward changes (spectral norm's) stay what they are.
     buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
 
     def output(value: torch.Tensor) -> list[torch.Tensor]:
+        x = torch.randn(2, *_input_shape(module), generator=torch.Generator().manual_seed(0)).to(param)
         y = functional_call(module, {**buffers, name: value}, (x,))
         return [F.batch_norm(y, None, None, training=True) if before_norm else y]
 
     return _normalization(param, output, known)
+
+
+def _input_shape(module: Any) -> list[int]:
+    if hasattr(module, 'in_features'):
+        return [module.in_features]
+    sizes = zip(module.kernel_size, module.dilation, module.stride)
+    return [module.in_channels, *(2 * kernel * dilation + stride for kernel, dilation, stride in sizes)]
 
 
 def uses_in_graph(module: torch.fx.GraphModule) -> Iterable[tuple[nn.Parameter, str | None]]:
@@ -138,8 +137,9 @@ def _normalization(
         known: str | None,
 ) -> str | None:
     """Compares outputs for filters of other lengths and, if the normalization is not known, of other means."""
-    filters = torch.randn(param.shape, generator=torch.Generator().manual_seed(1)).to(param)
-    scales = torch.logspace(-0.5, 0.5, param.shape[0]).view(-1, *[1] * (param.ndim - 1)).to(param)
+    with torch.device('cpu'):
+        filters = torch.randn(param.shape, generator=torch.Generator().manual_seed(1)).to(param)
+        scales = torch.logspace(-0.5, 0.5, param.shape[0]).view(-1, *[1] * (param.ndim - 1)).to(param)
     if not same_outputs(output, (filters, filters * (10 * scales)), 1e-2):
         return None
     return known or ('ws' if same_outputs(output, (filters, filters + scales), 1e-2) else 'wn')

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, conv2d_same, register_notrace_module
 from torch.nn.utils import fuse_conv_bn_eval
 from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .rule import NORMALIZATIONS, is_on_cpu
 
-__all__ = ['CWNConv2d', 'NormalizedConv2d', 'WNConv2d', 'WSConv2d', 'compute_pruned', 'normalize_filters',
+__all__ = ['CWNConv2d', 'NormalizedConv2d', 'WNConv2d', 'WSConv2d', 'compute_weights', 'normalize_filters',
            'normalized_class']
 
 torch.fx.wrap('normalize_filters')  # a trace takes it for one call: it cannot follow the question for memory formats
@@ -49,12 +51,18 @@ def normalize_filters(weight: torch.Tensor, centered: bool, per_element: bool, e
     if centered:
         normalized = F.layer_norm(rows, rows.shape[1:], eps=eps)
     else:
-        normalized = F.rms_norm(rows, rows.shape[1:], eps=eps)
+        normalized = _rms_norm(rows, eps)
     if not per_element:
         normalized = normalized * rows.shape[1] ** -0.5
     if channels_last:
         return normalized.view(weight.shape[0], weight.shape[2], weight.shape[3], weight.shape[1]).permute(0, 3, 1, 2)
     return normalized.view(weight.shape)
+
+
+def _rms_norm(rows: torch.Tensor, eps: float) -> torch.Tensor:
+    if torch.jit.is_tracing():  # timm's export to ONNX traces, and knows no rms_norm
+        return rows * (rows.square().mean(1, keepdim=True) + eps).rsqrt()
+    return F.rms_norm(rows, rows.shape[1:], eps=eps)
 
 
 class NormalizedConv2d(nn.Conv2d):
@@ -116,6 +124,8 @@ class NormalizedConv2d(nn.Conv2d):
         ):
             return self.normalized_weight()
         bits, cached = _bits(weight), self._cached
+        if type(bits) is not torch.Tensor:  # a fake one
+            return self.normalized_weight()
         if cached is None or cached[0] is not type(self) or not _same_bits(cached[1], bits):
             cached = self._cached = (type(self), bits.clone(), self.normalized_weight())
         return cached[2]
@@ -139,7 +149,7 @@ class NormalizedConv2d(nn.Conv2d):
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
         """Returns a plain nn.Conv2d with the same output, the normalized weight as its weight. Hooks are left out."""
-        compute_pruned(self)
+        compute_weights(self)
         plain: Any = nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,  # type: ignore
             self.groups, self.bias is not None, self.padding_mode, device='meta')
@@ -151,8 +161,8 @@ class NormalizedConv2d(nn.Conv2d):
 
 
 @torch.no_grad()
-def compute_pruned(model: nn.Module) -> None:
-    """Computes the weights of pruned layers, as each of their forwards does.
+def compute_weights(model: nn.Module) -> None:
+    """Computes the weights that are no parameters, of pruned layers for example, as each of their forwards does.
 
     A weight may be that of before a checkpoint was loaded. From a forward with gradients, it cannot be copied.
 
@@ -161,8 +171,10 @@ def compute_pruned(model: nn.Module) -> None:
     """
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, BasePruningMethod):
+            if isinstance(hook, (BasePruningMethod, WeightNorm, SpectralNorm)):
+                training, module.training = module.training, False  # in which spectral norm keeps its vectors
                 hook(module, ())
+                module.training = training
 
 
 def _bits(weight: torch.Tensor) -> torch.Tensor:

@@ -265,7 +265,8 @@ def split_normalized(
 ) -> list[dict[str, Any]]:
     """Splits parameter groups into normalized weights, which get the shrink and no decay, and the rest.
 
-    Other keys of a group stay with both halves. A group that has the shrink's key already is left as it is.
+    Other keys of a group stay with both halves, and its normalized weights keep an alpha of its own. A group that names
+    its normalization is left as it is.
 
     Args:
         groups: Parameter groups, or bare parameters.
@@ -285,23 +286,30 @@ def split_normalized(
     name_of: dict[Any, str] = {param: name for name, param in model.named_parameters()}
     out = []
     for group in groups:
-        keys: dict[str, Any] = {'params': [group]} if isinstance(group, torch.Tensor) else group
+        keys: dict[str, Any] = group if isinstance(group, dict) else {'params': [group]}
+        is_named, its_alpha = 'normalization' in keys, keys.get(alpha_key, alpha)
         params = [keys['params']] if isinstance(keys['params'], torch.Tensor) else list(keys['params'])
+        params = [param[1] if isinstance(param, tuple) else param for param in params]  # of named_parameters
         names = keys.get('param_names') or [name_of.get(param, _FOREIGN) for param in params]
         halves: dict[str | None, list[Any]] = {}
         for param, name in zip(params, names):
             if not isinstance(param, torch.Tensor):
-                raise TypeError(f'A parameter group holds a {type(param).__name__}: give parameters, without names.')
-            normalization = None if alpha_key in keys else normalization_of.get(name_of.get(param, _FOREIGN))
+                raise TypeError(f'A parameter group holds a {type(param).__name__}: give parameters.')
+            normalization = None if is_named else normalization_of.get(name_of.get(param, _FOREIGN))
             halves.setdefault(normalization, []).append((param, name))
         for normalization, half in halves.items():
             split: dict[str, Any] = {
                 'params': [param for param, _ in half], 'param_names': [name for _, name in half]}
             if normalization is not None:
-                split.update({'normalization': normalization, alpha_key: alpha})
-                if alpha != 0:
+                split.update({'normalization': normalization, alpha_key: its_alpha})
+                if its_alpha != 0:
                     split['weight_decay'] = 0.  # which the shrink replaces
-            elif alpha_key not in keys:
+            elif not is_named:
                 split.update({'normalization': None, alpha_key: 0.})
             out.append({**keys, **split})
+    if alpha != 0:
+        normalized = [group['normalization'] for group in out for param in group['params'] if param.ndim >= 2]
+        _logger.info(
+            f'{len(normalized) - normalized.count(None)} of {len(normalized)} weights of {type(model).__name__} are '
+            f'normalized: they are shrunk and get no weight decay.')
     return out

@@ -139,7 +139,7 @@ def _table(weights: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Te
         raise RuntimeError('There is no table of the filters yet: take two steps before the capture of a CUDA graph.')
     for weight, target in zip(weights, targets):
         size = weight.numel() // len(weight)
-        start = torch.arange(len(weight)) * (size * weight.itemsize)
+        start = torch.arange(len(weight), device='cpu') * (size * weight.itemsize)
         columns = start + weight.data_ptr(), start + target.data_ptr(), torch.full_like(start, size)
         rows.append(torch.stack(columns, 1))
     table = torch.cat(rows)

@@ -21,7 +21,7 @@ from timm.optim import Lookahead
 from timm.optim._optim_factory import OptimInfo, OptimizerRegistry, default_registry
 
 from .fold import fold_normalization
-from .layers import NormalizedConv2d, compute_pruned
+from .layers import NormalizedConv2d, compute_weights
 from .optimizers import AwsAdam, AwsSGD
 from .param_groups import choose_alpha, split_normalized
 from .record import Recorder
@@ -150,7 +150,7 @@ def _folding(reparameterize_model: Callable[..., nn.Module]) -> Callable[..., nn
     def fold_and_reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
         if not any(isinstance(module, NormalizedConv2d) for module in model.modules()):
             return reparameterize_model(model, inplace=inplace)
-        compute_pruned(model)
+        compute_weights(model)
         folded = fold_normalization(copy.deepcopy(model), functools.partial(reparameterize_model, inplace=True))
         if not inplace:
             return folded

@@ -48,8 +48,15 @@ class NormalizedResNet(ResNet):
 
 def _create_ws_resnet(variant: str, pretrained: bool = False, **kwargs) -> NormalizedResNet:
     if pretrained:
-        check_source(resolve_pretrained_cfg(
-            variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')))
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        check_source(cfg)
+        trained = variant.partition('_')[0]
+        asked = kwargs.get('normalization', trained)
+        if f'{variant}.{cfg.tag}' in _own_cfgs and asked != trained:
+            raise ValueError(
+                f'The weights of {variant}.{cfg.tag} were trained with {trained!r}, not with normalization={asked!r}: '
+                f'leave it out, then call timm_aws.convert(model, {asked!r}).'
+            )
     return build_model_with_cfg(NormalizedResNet, variant, pretrained, pretrained_filter_fn=_fold_stem, **kwargs)
 
 
