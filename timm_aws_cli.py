@@ -185,7 +185,10 @@ def _export(options: argparse.Namespace) -> None:
     with _interrupt_exits():
         from timm_aws.checkpoint.export import export
 
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # leaves no hidden folder behind
+    for name in {'SIGTERM', 'SIGHUP'} & set(dir(signal)):  # which leave no hidden folder behind
+        signum = getattr(signal, name)
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # by nohup
+            signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     results = export(
         options.source, options.out, dataset=options.dataset, license=options.license, ema=options.ema,
         labels=options.labels, img_size=options.img_size, data_dir=options.data_dir, validate_py=options.validate,

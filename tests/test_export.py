@@ -1,5 +1,6 @@
 """Checkpoint folders made of what timm's train.py leaves: contents, precision, choice of weights, refusals."""
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -258,12 +259,27 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(train_run, tmp_path, meas
     refused(NAME, 'holds no averaged weights', ema=True)
     refused(NAME, 'choose with ema=True', source=train_run(with_ema=True))
     refused(NAME, 'needs data_dir', validate_py=tmp_path / 'validate.py')
+    images = {'data_dir': tmp_path, 'validate_py': tmp_path / 'validate.py'}
+    refused(NAME, r'has no val_split: leave it out\.$', source=train_run(val_split='', epochs=1), **images)
+    refused(NAME, r'the split batch norms of --split-bn, which', source=train_run(split_bn=True, epochs=1))
+    refused(NAME, f'^data_dir {tmp_path}/none does not exist: give one that does', data_dir=tmp_path / 'none')
+    refused(NAME, f'^validate_py {tmp_path}/validate.py does not exist: give one that does', **images)
+    refused(NAME, r"^dataset must name what the network was trained on, not ' '\.$", dataset=' ')
+    for size in (-5, 0, 5000):
+        refused(NAME, f'^img_size must be 1 to 4096 pixels, not {size}', img_size=size)
     for license in ('my own', 'banana', 'Apache-2.0', ''):
         refused(NAME, f"license must be an SPDX identifier .*{license!r}", license=license)
     (tmp_path / 'labels.tsv').write_text('')
     refused(NAME, 'names 0 classes, the network has 4', labels=tmp_path / 'labels.tsv')
     (tmp_path / 'labels.tsv').write_text('name\twords\nn0\tone\n')
     refused(NAME, 'names 1 classes, the network has 4', labels=tmp_path / 'labels.tsv')
+    for text, wrong in (('n0\n\nn1\nn2\n', "'' in line 3"), ('n0\nn1\nn1\nn2\n', "'n1' in line 4")):
+        (tmp_path / 'labels.tsv').write_text(f'name\twords\n{text}')
+        refused(NAME, f'^{tmp_path}/labels.tsv must give each class a name of its own, not {wrong}',
+                labels=tmp_path / 'labels.tsv')
+    (tmp_path / 'labels.tsv').write_text('name\twords\n', encoding='utf-16')
+    for path in (tmp_path / 'labels.tsv', tmp_path):
+        refused(NAME, f'^labels {path} cannot be read: give a text file in UTF-8', labels=path)
     large = train_run(epochs=1, scale=1e9)
     refused(NAME, r'fc.weight of .* is not finite in half precision: give full_precision=True', source=large)
     export(large, tmp_path / 'out' / NAME, dataset='noise', license='other', full_precision=True)
@@ -521,8 +537,8 @@ def run_code_of_card(folder):
     image, names = folder.parent / 'image.jpg', {}
     Image.new('RGB', (60, 50)).save(image)
     code = '\n'.join(re.findall('```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL))
-    assert {f'hf-hub:OWNER/{NAME}', 'image.jpg'} <= set(re.findall("'(.*?)'", code))
-    exec(code.replace(f'hf-hub:OWNER/{NAME}', f'local-dir:{folder}').replace('image.jpg', str(image)), names)
+    assert f'hf-hub:OWNER/{folder.name}' in re.findall("'(.*?)'", code)
+    exec(code.replace(f'hf-hub:OWNER/{folder.name}', f'local-dir:{folder}').replace('image.jpg', str(image)), names)
     return names
 
 
@@ -539,8 +555,66 @@ def test_code_of_the_card_runs_whatever_the_user_has_typed(train_run, tmp_path, 
     names = run_code_of_card(tmp_path / NAME)
     assert names['probabilities'].shape == (4,)
     assert names['embedding'].shape == (1, 96)
+    assert '  # (1, 96)\n' in card.text
     printed = capsys.readouterr().out.splitlines()
     assert {line.partition('% ')[2] for line in printed} == {f'{name} <b>{name}' for name in labels}
+
+
+@pytest.mark.parametrize('network, embedding, stages', [
+    ('test_efficientnet', 256, 5), ('mobilenetv3_small_050', 1024, 5), ('test_nfnet', 192, 5)])
+def test_card_of_a_network_of_timm_needs_no_plugin(train_run, tmp_path, network, embedding, stages):
+    folder = tmp_path / f'{network}.aws_noise'
+    export(train_run(network=network, epochs=1), folder, **SETTINGS)
+    card = ModelCard.load(folder / 'README.md')
+    assert card.data.tags == ['image-classification', 'timm', 'timm_aws']
+    assert f'`{network}` of [timm](https://github.com/huggingface/pytorch-image-models), trained' in card.text
+    assert 'pip install timm\n' in card.text
+    assert not re.search('import timm_aws|plugin|Unknown model|folds', card.text)
+    names = run_code_of_card(folder)
+    assert (names['embedding'].shape, len(names['maps'])) == ((1, embedding), stages)
+    assert f'  # (1, {embedding})\n' in card.text
+
+
+def test_code_of_the_card_runs_with_any_number_of_channels(train_run, tmp_path):
+    export(train_run(in_chans=4, epochs=1), tmp_path / NAME, **SETTINGS)
+    assert run_code_of_card(tmp_path / NAME)['probabilities'].shape == (4,)
+
+
+def test_card_names_teacher_and_data_of_other_runs(train_run, tmp_path, measured):
+    options = measured()
+    first = train_run(data_dir='/somewhere/else/imgs', kd_model_name='local-dir:/somewhere/resnet50.teacher', epochs=1)
+    second = train_run(initial_checkpoint=str(first / 'last.pth.tar'), kd_model_name='resnet18.a1_in1k', epochs=1)
+    results = export(second, tmp_path / NAME, **SETTINGS, data_dir=options['data_dir'])
+    assert results['besides'] == ['the teacher local-dir:resnet50.teacher', 'the teacher resnet18.a1_in1k',
+                                  'the data set imgs']
+    assert [stage.get('images') for stage in results['training']] == [None, 12]
+    words = 'the teacher local-dir:resnet50.teacher and the teacher resnet18.a1\\_in1k and the data set imgs'
+    card = ' '.join((tmp_path / NAME / 'README.md').read_text().split())
+    assert f'trained from scratch on noise, with {words}:' in card
+    assert f'was trained on noise, and learned from {words}, whose images and terms count too.' in card
+    assert 'million images' not in card
+    assert '/somewhere' not in card
+
+
+def test_distributed_run_is_told_by_its_command_and_its_whole_batch(train_run, tmp_path, measured):
+    run = train_run(distributed=True, world_size=2, rank=0, local_rank=0, prefetcher=True, grad_accum_steps=3,
+                    data_dir='.', train_batches_per_epoch=7)
+    results = export(run, tmp_path / NAME, **SETTINGS, data_dir=measured()['data_dir'])
+    assert results['training'][0] == {
+        'command': 'torchrun --nproc_per_node=2 train.py --config args.yaml --data-dir DATA', 'epochs': 2}
+    assert 'momentum 0.9, batch size 48, 2 epochs' in ' '.join((tmp_path / NAME / 'README.md').read_text().split())
+    args = yaml.safe_load((tmp_path / NAME / 'args.yaml').read_text())
+    assert not args.keys() & {'distributed', 'world_size', 'rank', 'local_rank', 'prefetcher'}
+
+
+def test_card_tells_no_momentum_of_adam(train_run, tmp_path):
+    run = train_run(opt='aws_adam')
+    checkpoint = best(run)
+    for group in checkpoint['optimizer']['param_groups']:
+        del group['momentum']
+    torch.save(checkpoint, run / 'model_best.pth.tar')
+    export(run, tmp_path / NAME, **SETTINGS)
+    assert r'aws\_adam (alpha 0.0025), batch size 8' in (tmp_path / NAME / 'README.md').read_text()
 
 
 @pytest.mark.parametrize('tag', ["x'+__import__('os').getcwd()+'", 'a b', 'x\ny', '-x', '<b>'])
@@ -582,16 +656,20 @@ def test_two_exports_at_once_leave_the_first(train_run, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / NAME).iterdir()] == ['first']
 
 
-def test_sigterm_leaves_no_hidden_folder(train_run, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr('timm_aws.checkpoint.export.model_card', lambda folder: signal.raise_signal(signal.SIGTERM))
+@pytest.mark.parametrize('signum, ignored', [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGHUP, True)])
+def test_signals_leave_no_hidden_folder(train_run, tmp_path, monkeypatch, signum, ignored):
+    run = train_run()
+    monkeypatch.setattr('timm_aws.checkpoint.export.model_card', lambda folder: signal.raise_signal(signum) or '')
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP)}
+    if ignored:
+        signal.signal(signum, signal.SIG_IGN)
     try:
-        with pytest.raises(SystemExit) as exit:
-            main(['export', str(train_run()), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit'])
+        with contextlib.nullcontext() if ignored else pytest.raises(SystemExit, match=str(128 + signum)):
+            main(['export', str(run), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit'])
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert exit.value.code == 143
-    assert list(tmp_path.iterdir()) == []
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ([NAME] if ignored else [])
 
 
 @pytest.mark.parametrize('arguments, message', [

@@ -298,7 +298,8 @@ def test_export_to_where_nothing_can_be_made_is_one_line(train_run, tmp_path, ca
         main(['export', str(train_run()), str(place / NAME), *SETTINGS])
     (line,) = capsys.readouterr().err.splitlines()
     assert exit.value.code == 1
-    assert line.startswith('timm-aws: [Errno ') and str(place) in line
+    assert line.startswith(f'timm-aws: {place} is a file, ' if place.is_file() else 'timm-aws: [Errno ')
+    assert str(place) in line
     assert sorted(tmp_path.rglob('*')) == before
 
 

@@ -31,8 +31,9 @@ __all__ = ['export', 'hardware']
 
 _logger = logging.getLogger(__name__)
 
-# Options of train.py about paths on one machine, and how many checkpoints are kept there.
-_PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume', 'checkpoint_hist')
+# Options of train.py about paths on one machine, and how many checkpoints are kept there; what train.py itself sets.
+_PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume', 'checkpoint_hist',
+           'distributed', 'world_size', 'rank', 'local_rank', 'prefetcher')
 # Options of train.py about the data set that validate.py has too.
 _DATA = ('dataset', 'class_map', 'input_img_mode', 'input_key', 'target_key')
 # What the Hub takes for the licence of a model, without the licences of single models.
@@ -78,18 +79,16 @@ def export(
         What results.json holds: accuracies, training, versions, hardware, size and sha256 of the weights.
 
     Raises:
-        ValueError: If the source is no checkpoint of train.py, if `out` exists or is not named after the network, if
-            labels and classes are not equal in number, if `ema` has to be chosen, if the Hub does not know `license`,
-            or if half precision turns more right images wrong than chance would.
+        ValueError: If the source is no checkpoint of train.py or has split batch norms, if `out` exists or is not named
+            after the network, if an option is not what it must be, if labels and classes are not equal in number, if
+            `ema` has to be chosen, or if half precision turns more right images wrong than chance would.
         RuntimeError: If the weights do not fit the network, or if validate.py fails.
     """
     checkpoint = load_checkpoint(find_checkpoint(source))
     model = _network(checkpoint)
     _check_name(out, model.pretrained_cfg['architecture'])
-    if license not in _LICENSES.split():
-        raise ValueError(f'license must be an SPDX identifier in lower case that the Hub knows, such as apache-2.0, or '
-                         f'"other", not {license!r}.')
     _check_choice(checkpoint, ema, data_dir, validate_py)
+    _check_values(dataset, license, img_size, labels=labels, data_dir=data_dir, validate_py=validate_py)
     candidates = (False, True)[:1 + checkpoint.has_ema] if ema is None else (ema,)
     for use in candidates:
         model.load_state_dict(checkpoint.weights(use))
@@ -104,7 +103,7 @@ def export(
             ema = max(full, key=lambda use: full[use]['top1'])
         ema = bool(ema)
         _write_weights(checkpoint, folder, ema, full_precision)
-        results = {**_results(checkpoint, folder, dataset, ema, data_dir), **start}
+        results = {**_results(checkpoint, folder, dataset, ema, data_dir), **start, 'embedding': _embedding(model)}
         if validate_py and data_dir:
             if not full_precision:
                 model.load_state_dict(checkpoint.weights(ema))
@@ -154,6 +153,29 @@ def _start(first: Checkpoint, cfg: dict[str, Any]) -> dict[str, Any]:
     return {'start': start}
 
 
+def _besides(stages: list[Checkpoint]) -> list[str]:
+    """Names the teachers of the runs, and the data sets that the last run was not trained on."""
+    teachers = [stage.args['kd_model_name'] for stage in stages if stage.args.get('kd_model_name')]
+    others = [stage.args.get('dataset') or _place(stage) for stage in stages if _data_of(stage) != _data_of(stages[-1])]
+    return list(dict.fromkeys(
+        [f'the teacher {_without_place(name)}' for name in teachers] + [f'the data set {name}' for name in others]))
+
+
+def _data_of(stage: Checkpoint) -> tuple[str, Path]:
+    return stage.args.get('dataset') or '', Path(stage.args['data_dir'] or '').resolve()
+
+
+def _place(stage: Checkpoint) -> str:
+    return Path(stage.args['data_dir'] or '').name or 'DATA'
+
+
+@torch.inference_mode()
+def _embedding(model: Any) -> list[int]:
+    """Returns the shape of what the network gives for one image without its classifier."""
+    image = torch.zeros(1, *model.pretrained_cfg['input_size'])
+    return list(model.eval().forward_head(model.forward_features(image), pre_logits=True).shape)
+
+
 def _last_parts(path: str) -> str:
     return '/'.join(Path(path).parts[-2:])
 
@@ -163,13 +185,21 @@ def _check_name(out: Path, architecture: str) -> None:
     if name != architecture or not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', tag):
         raise ValueError(f'The folder must be named {architecture}.<tag>, such as {architecture}.aws_tin200, '
                          f'with a tag of letters, digits, ".", "_" and "-", not {out.name!r}.')
+    if files := [path for path in out.parents if path.is_file()]:
+        raise ValueError(f'{files[0]} is a file, in which no folder can be made: export to another place.')
     if out.exists():
         raise ValueError(f'{out} exists already: move it away, or export to another place.')
 
 
 def _check_choice(checkpoint: Checkpoint, ema: bool | None, data_dir: Path | None, validate_py: Path | None) -> None:
+    if checkpoint.args.get('split_bn'):
+        raise ValueError(f'{checkpoint.path} has the split batch norms of --split-bn, which timm.create_model cannot '
+                         f'make: train without it.')
     if validate_py and not data_dir:
         raise ValueError('validate_py needs data_dir, the folder of the images to validate on.')
+    if validate_py and not checkpoint.args['val_split']:
+        raise ValueError(f'validate_py needs images that the run has not trained on, and {checkpoint.path} has no '
+                         f'val_split: leave it out.')
     if ema and not checkpoint.has_ema:
         raise ValueError(f'{checkpoint.path} holds no averaged weights: train with --model-ema, or leave ema out.')
     if checkpoint.has_ema and ema is None and not validate_py:
@@ -177,6 +207,19 @@ def _check_choice(checkpoint: Checkpoint, ema: bool | None, data_dir: Path | Non
             f'{checkpoint.path} holds averaged weights too: choose with ema=True (--ema) or ema=False (--no-ema), or '
             f'give validate_py and data_dir (--validate, --data-dir) to take what validates better.'
         )
+
+
+def _check_values(dataset: str, license: str, img_size: int | None, **paths: Path | None) -> None:
+    if not dataset.strip():
+        raise ValueError(f'dataset must name what the network was trained on, not {dataset!r}.')
+    if license not in _LICENSES.split():
+        raise ValueError(f'license must be an SPDX identifier in lower case that the Hub knows, such as apache-2.0, or '
+                         f'"other", not {license!r}.')
+    if img_size is not None and not 0 < img_size <= 4096:
+        raise ValueError(f'img_size must be 1 to 4096 pixels, not {img_size}.')
+    for name, path in paths.items():
+        if path and not path.exists():
+            raise ValueError(f'{name} {path} does not exist: give one that does, or leave it out.')
 
 
 def _write_config(
@@ -198,8 +241,7 @@ def _write_config(
     }
     config: dict[str, Any] = {}
     if labels:
-        lines = labels.read_text(encoding='utf-8').rstrip().splitlines()[1:]
-        names = {name: words for name, _, words in (line.partition('\t') for line in lines)}
+        names = _read_labels(labels)
         if len(names) != model.num_classes:
             raise ValueError(f'{labels} names {len(names)} classes, the network has {model.num_classes}.')
         config = {'label_names': list(names), 'label_descriptions': names}
@@ -211,16 +253,36 @@ def _write_config(
     (folder / ARGS).write_text(yaml.safe_dump(_settings(args)), encoding='utf-8')
 
 
+def _read_labels(path: Path) -> dict[str, str]:
+    """Returns the descriptions of the classes by their names."""
+    try:
+        lines = path.read_text(encoding='utf-8').rstrip().splitlines()[1:]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f'labels {path} cannot be read: give a text file in UTF-8.') from error
+    names: dict[str, str] = {}
+    for number, line in enumerate(lines, 2):
+        name, _, words = line.partition('\t')
+        if not name.strip() or name in names:
+            raise ValueError(f'{path} must give each class a name of its own, not {name!r} in line {number}.')
+        names[name] = words
+    return names
+
+
 def _settings(args: dict[str, Any]) -> dict[str, Any]:
     """Returns the options of train.py without the places on one machine."""
     settings = {key: value for key, value in args.items() if key not in _PLACES}
-    if settings['model'].startswith('local-dir:'):
-        settings['model'] = f'local-dir:{Path(settings["model"]).name}'
+    for key in ('model', 'kd_model_name'):
+        if settings.get(key):
+            settings[key] = _without_place(settings[key])
     if settings.get('class_map'):
         settings['class_map'] = Path(settings['class_map']).name
     if settings.get('pretrained_path'):
         settings['pretrained_path'] = _last_parts(settings['pretrained_path'])
     return settings
+
+
+def _without_place(model: str) -> str:
+    return f'local-dir:{Path(model).name}' if model.startswith('local-dir:') else model
 
 
 def _write_weights(checkpoint: Checkpoint, folder: Path, ema: bool, full_precision: bool) -> None:
@@ -325,6 +387,7 @@ def _results(
 ) -> dict[str, Any]:
     weights = folder / WEIGHTS
     args = checkpoint.args
+    stages = stages_of(checkpoint)
     return {
         'name': folder.name,
         'dataset': dataset,
@@ -336,7 +399,10 @@ def _results(
             'ema': ema,
         },
         'train_py': {'epoch': checkpoint.end, args['eval_metric']: checkpoint.content.get('metric')},
-        'training': [_stage(args, stage, data_dir) for stage in stages_of(checkpoint)],
+        'training': [_stage(checkpoint, stage, data_dir) for stage in stages],
+        'besides': _besides(stages),
+        'batch_size': args['batch_size'] * args.get('world_size', 1) * args.get('grad_accum_steps', 1),
+        'momentum': checkpoint.content['optimizer']['param_groups'][0].get('momentum'),
         'alpha': checkpoint.alpha,
         'seed': args['seed'],
         'versions': {name: importlib.metadata.version(name) for name in ('timm_aws', 'timm', 'torch')},
@@ -359,15 +425,17 @@ def hardware(device: str) -> str:
             f'{torch.backends.cpu.get_cpu_capability()}')
 
 
-def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> dict[str, Any]:
+def _stage(final: Checkpoint, stage: Checkpoint, data_dir: Path | None) -> dict[str, Any]:
     """Returns the command that repeats one run with the args.yaml of the last run, its epochs, hours and images."""
     args = stage.args
-    last = _settings(final)
+    last = _settings(final.args)
     other = {key: value for key, value in _settings(args).items() if value != last.get(key)}
     for key in ('initial_checkpoint', 'resume'):
         if args.get(key):
             other[key] = _last_parts(args[key])
-    words = ['python', 'train.py', '--config', 'args.yaml', '--data-dir', Path(args['data_dir'] or 'DATA').name]
+    processes = args.get('world_size', 1)
+    words = [*(['torchrun', f'--nproc_per_node={processes}'] if processes > 1 else ['python']), 'train.py', '--config',
+             'args.yaml', '--data-dir', _place(stage)]
     notes = []
     for key, value in other.items():
         if value is None or value is False:  # no option of train.py takes these
@@ -377,7 +445,7 @@ def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> d
             value = [f'{name}={item}' for name, item in value.items()]
         values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
         words += [f"--{key.replace('_', '-')}", *map(str, values)]
-    if args is not final and stage.end < args['epochs']:
+    if args is not final.args and stage.end < args['epochs']:
         notes.append(f'the next run starts from epoch {stage.end} of {args["epochs"]}')
     command = shlex.join(words) + (f'  # {", ".join(notes)}' if notes else '')
     for newline in '\n\r':  # one line, whatever has been typed; where a word holds it, shlex has put it into quotes
@@ -389,7 +457,8 @@ def _stage(final: dict[str, Any], stage: Checkpoint, data_dir: Path | None) -> d
         seconds = stage.path.stat().st_mtime - started.stat().st_mtime
         if seconds >= 60:  # else they are copies, with the time of copying
             stage_results['hours'] = round(seconds / 3600, 2)
-    if data_dir:
+    # --train-batches-per-epoch is for batches of several sizes, and does not tell how many images they hold.
+    if data_dir and _data_of(stage) == _data_of(final) and not args.get('train_batches_per_epoch'):
         stage_results |= {key: stage.epochs * count for key, count in _images(stage, 'train', data_dir).items()}
     return stage_results
 

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..ws_resnet import list_models
 from .folder import ARGS, CONFIG, PICTURE, RESULTS, read_json
 
 __all__ = ['model_card']
@@ -26,6 +27,22 @@ _PRINT = (
     "label = model.pretrained_cfg['label_names'][index]\n"
     "    print(f'{probabilities[index]:.1%}', label, model.pretrained_cfg['label_descriptions'][label])",
 )
+
+# What the example says before, installs, imports and says after, of a network of the plugin and of one of timm's own.
+_OURS = (
+    """\
+The plugin defines the network. The Hub's own snippet imports timm alone and fails with
+`Unknown model ({0})`: import `timm_aws` first.
+
+""",
+    './timm_aws    # a clone of timm_aws, or the file of a wheel',
+    'import timm_aws  # registers {0} with timm\n',
+    """
+`timm.utils.reparameterize_model(model)` folds the weight normalization, and the batch norms with it, into plain
+convolutions. The outputs stay the same, and the network is as fast as the ordinary one.
+""",
+)
+_TIMMS = ('', 'timm', '', '')
 
 
 def model_card(folder: Path) -> str:
@@ -60,37 +77,47 @@ def _metadata(config: dict[str, Any], results: dict[str, Any]) -> ModelCardData:
         license=config['pretrained_cfg']['license'],
         library_name='timm',
         pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'timm_aws', 'weight-standardization'],
+        tags=['image-classification', 'timm', 'timm_aws', *(['weight-standardization'] if _is_ours(config) else [])],
         model_name=results['name'],
         eval_results=evaluation or None,
     )
+
+
+def _is_ours(config: dict[str, Any]) -> bool:
+    """Whether the plugin defines the network, or timm."""
+    return config['architecture'] in list_models()
 
 
 def _introduction(config: dict[str, Any], results: dict[str, Any]) -> str:
     height, width = config['pretrained_cfg']['input_size'][1:]
     start = results.get('start')
     trained = f'trained further from {_origin(start)}' if start else 'trained from scratch'
+    timm = '[timm](https://github.com/huggingface/pytorch-image-models)'
+    source = f'the {timm} plugin timm_aws' if _is_ours(config) else timm
+    besides = f', with {" and ".join(map(_escaped, results["besides"]))}' if results['besides'] else ''
     text = _filled(
-        f'`{config["architecture"]}` of the [timm](https://github.com/huggingface/pytorch-image-models) plugin '
-        f'timm_aws, {trained} on {_escaped(results["dataset"])}: {config["num_classes"]} classes, images of '
+        f'`{config["architecture"]}` of {source}, {trained} on {_escaped(results["dataset"])}{besides}: '
+        f'{config["num_classes"]} classes, images of '
         f'{height} × {width} pixels, {results["weights"]["parameters"] / 1e6:.1f} million parameters.')
     return f'# {results["name"]}\n\n{text}\n'
 
 
 def _usage(config: dict[str, Any], results: dict[str, Any]) -> str:
+    warning, install, plugin, fold = _OURS if _is_ours(config) else _TIMMS
+    name = config['architecture']
+    channels = config['pretrained_cfg']['input_size'][0]
+    image = f'torch.rand({channels}, 300, 400)  # in place of an image with {channels} channels'
+    if channels in (1, 3):
+        image = f"Image.open('image.jpg').convert({'L' if channels == 1 else 'RGB'!r})"
     return f'''## Use
 
-The plugin defines the network. The Hub's own snippet imports timm alone and fails with
-`Unknown model ({config["architecture"]})`: import `timm_aws` first.
-
-```bash
-pip install ./timm_aws    # a clone of timm_aws, or the file of a wheel
+{warning.format(name)}```bash
+pip install {install}
 ```
 
 ```python
 import timm
-import timm_aws  # registers {config["architecture"]} with timm
-
+{plugin.format(name)}
 # OWNER stands in the address of this page. 'local-dir:PATH' loads a folder with these files.
 name = {"hf-hub:OWNER/" + results["name"]!r}
 model = timm.create_model(name, pretrained=True).eval()
@@ -103,7 +130,7 @@ import torch
 from PIL import Image
 
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-image = Image.open('image.jpg').convert({'L' if config["pretrained_cfg"]["input_size"][0] == 1 else 'RGB'!r})
+image = {image}
 with torch.inference_mode():
     probabilities = model(transform(image).unsqueeze(0)).softmax(-1)[0]
 for index in probabilities.topk({min(5, config["num_classes"])}).indices.tolist():
@@ -114,15 +141,12 @@ Compute feature maps of every stage, and one embedding per image:
 
 ```python
 stages = timm.create_model(name, pretrained=True, features_only=True).eval()
-maps = stages(transform(image).unsqueeze(0))  # five tensors, (1, channels, height, width)
+maps = stages(transform(image).unsqueeze(0))  # one tensor a stage, (1, channels, height, width)
 
 encoder = timm.create_model(name, pretrained=True, num_classes=0).eval()
-embedding = encoder(transform(image).unsqueeze(0))  # (1, {config["num_features"]})
+embedding = encoder(transform(image).unsqueeze(0))  # {tuple(results["embedding"])}
 ```
-
-`timm.utils.reparameterize_model(model)` folds the weight normalization, and the batch norms with it, into plain
-convolutions. The outputs stay the same, and the network is as fast as the ordinary one.
-'''
+{fold}'''
 
 
 def _results(results: dict[str, Any]) -> str:
@@ -146,11 +170,11 @@ On the {images}validation images of {_escaped(results["dataset"])}, measured on 
 
 def _training(args: dict[str, Any], results: dict[str, Any], folder: Path) -> str:
     stages = results['training']
-    total = {key: sum(stage.get(key, 0) for stage in stages) for key in ('hours', 'images')}
+    total = {key: sum(stage[key] for stage in stages) for key in ('hours', 'images') if all(key in s for s in stages)}
     chosen = {'alpha': f'{results["alpha"]:.4g}'} if results.get('alpha') else {}  # by like_decay, or the default
     options = ', '.join(_escaped(f'{key} {value}') for key, value in {**(args['opt_kwargs'] or {}), **chosen}.items())
-    hours = f'{total["hours"]:.1f} hours on ' if all('hours' in stage for stage in stages) else ''
-    seen = f', {total["images"] / 1e6:.1f} million images seen' if total['images'] else ''
+    hours = f'{total["hours"]:.1f} hours on ' if 'hours' in total else ''
+    seen = f', {total["images"] / 1e6:.1f} million images seen' if 'images' in total else ''
     picture = '' if not (folder / PICTURE).is_file() else '''
 ![Effective learning rate of each layer](effective_lr.png)
 
@@ -158,9 +182,10 @@ Learning rate divided by filter length after each epoch, the median over each la
 ([data](effective_lr.csv)).
 '''
     kind = 'averaged weights (EMA)' if results['weights']['ema'] else 'weights'
+    momentum = f', momentum {results["momentum"]}' if results['momentum'] is not None else ''  # Adam has none
     text = _filled(
-        f'{_escaped(args["opt"])}{f" ({options})" if options else ""}, momentum {args["momentum"]}, batch size '
-        f'{args["batch_size"]}, {sum(stage["epochs"] for stage in stages)} epochs{seen}, '
+        f'{_escaped(args["opt"])}{f" ({options})" if options else ""}{momentum}, batch size '
+        f'{results["batch_size"]}, {sum(stage["epochs"] for stage in stages)} epochs{seen}, '
         f'{hours}{results["hardware"]}, seed {results["seed"]}. These are the {kind} after epoch '
         f'{results["train_py"]["epoch"]} of the last run. [args.yaml](args.yaml) holds every option of timm\'s '
         f'unmodified train.py:')
@@ -180,7 +205,8 @@ def _limits(config: dict[str, Any], results: dict[str, Any]) -> str:
     height, width = config['pretrained_cfg']['input_size'][1:]
     start = results.get('start')
     seen = _escaped(results['dataset'])
-    seen += f' after {_origin(start)}, whose training images and terms count too' if start else ' only'
+    others = [*([_origin(start)] if start else []), *map(_escaped, results['besides'])]
+    seen += f', and learned from {" and ".join(others)}, whose images and terms count too' if others else ' only'
     text = (
         f'The network was trained on {seen}. It knows {config["num_classes"]} classes, assigns one '
         f'of them to every image, and expects photographs of {height} × {width} pixels. This is no ImageNet-1k model: '
