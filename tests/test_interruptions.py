@@ -44,6 +44,7 @@ def prepare_tiny(source, out):
 def in_child(command, prepare, folder):
     """What a child process does: stderr goes to a file, temporary files to a folder of the test's own."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in the background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
     os.dup2(os.open(folder / 'stderr', os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
     os.environ['HF_TOKEN'] = 'hf_writer'
     tempfile.tempdir = str(folder / 'temporary')
@@ -159,7 +160,8 @@ def limit_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_ctrl_c_on_the_terminal_ends_validation_without_a_traceback(hub, train_run, tmp_path):
+@pytest.mark.parametrize('signum, end', [(signal.SIGINT, (130, INTERRUPTED)), (signal.SIGHUP, (129, ''))])
+def test_ctrl_c_and_closing_the_terminal_end_validation_without_a_traceback(hub, train_run, tmp_path, signum, end):
     """As a terminal does it: the signal goes to all processes of the group."""
     (tmp_path / 'images').mkdir()
     ready = tmp_path / 'ready'
@@ -171,9 +173,9 @@ def test_ctrl_c_on_the_terminal_ends_validation_without_a_traceback(hub, train_r
 
     def press():
         _wait_until(lambda: ready.exists() and ready.read_text())
-        os.killpg(child.process.pid, signal.SIGINT)
+        os.killpg(child.process.pid, signum)
 
-    assert child.run(press) == (130, INTERRUPTED)
+    assert child.run(press) == end
     assert os.listdir(tmp_path / 'out') == []
     _wait_until(lambda: not Path('/proc', ready.read_text()).exists())
 

@@ -19,9 +19,8 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from timm.data import create_dataset, create_transform, resolve_data_config, resolve_model_data_config
+from timm.data import create_dataset, create_loader, resolve_data_config, resolve_model_data_config
 from timm.models import save_for_hf
-from torch.utils.data import DataLoader
 
 from .folder import ARGS, CARD, CONFIG, CURVES, PICTURE, RESULTS, WEIGHTS, read_json, sha256
 from .model_card import model_card
@@ -365,13 +364,12 @@ def _check_half(model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, da
     args = checkpoint.args
     device = args['device'] if torch.cuda.is_available() else 'cpu'
     stored: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    data = resolve_model_data_config(stored)
-    dataset = _data_set(checkpoint, 'val', data_dir)
-    dataset.transform = create_transform(**data, is_training=False)
+    loader = create_loader(
+        _data_set(checkpoint, 'val', data_dir), **resolve_model_data_config(stored), batch_size=args['batch_size'],
+        num_workers=args['workers'], device=torch.device(device))
     lost = gained = total = 0
-    for images, labels in DataLoader(dataset, args['batch_size'], num_workers=args['workers']):
-        before, after = (
-            network.eval().to(device)(images.to(device)).argmax(1).cpu() == labels for network in (model, stored))
+    for images, labels in loader:
+        before, after = (network.eval().to(device)(images).argmax(1) == labels for network in (model, stored))
         lost, gained = lost + int((before & ~after).sum()), gained + int((after & ~before).sum())
         total += len(labels)
     differ = lost + gained
