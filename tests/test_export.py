@@ -508,7 +508,7 @@ def test_hours_are_told_where_the_times_of_the_files_give_them(train_run, tmp_pa
 
 def test_resumed_run_is_told_from_its_beginning(train_run, tmp_path):
     first = train_run()
-    second = train_run(epochs=3, resume=str(first / 'last.pth.tar'))
+    second = train_run(epochs=3, resume=str(first / 'last.pth.tar'), data_dir=str(first / 'images'))
     results = export(second, tmp_path / NAME, **SETTINGS)
     assert [stage['epochs'] for stage in results['training']] == [2, 1]
     assert results['train_py']['epoch'] == 3

@@ -269,15 +269,10 @@ def _read_labels(path: Path) -> dict[str, str]:
 
 def _settings(args: dict[str, Any]) -> dict[str, Any]:
     """Returns the options of train.py without the places on one machine."""
-    settings = {key: value for key, value in args.items() if key not in _PLACES}
-    for key in ('model', 'kd_model_name'):
-        if settings.get(key):
-            settings[key] = _without_place(settings[key])
-    if settings.get('class_map'):
-        settings['class_map'] = Path(settings['class_map']).name
-    if settings.get('pretrained_path'):
-        settings['pretrained_path'] = _last_parts(settings['pretrained_path'])
-    return settings
+    shorten = {'model': _without_place, 'kd_model_name': _without_place, 'class_map': os.path.basename,
+               'pretrained_path': _last_parts}
+    return {key: shorten[key](value) if value and key in shorten else value
+            for key, value in args.items() if key not in _PLACES}
 
 
 def _without_place(model: str) -> str:
