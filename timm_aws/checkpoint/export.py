@@ -269,8 +269,10 @@ def _read_labels(path: Path) -> dict[str, str]:
 
 def _settings(args: dict[str, Any]) -> dict[str, Any]:
     """Returns the options of train.py without the places on one machine."""
-    shorten = {'model': _without_place, 'kd_model_name': _without_place, 'class_map': os.path.basename,
-               'pretrained_path': _last_parts}
+    shorten: dict[str, Any] = {
+        'model': _without_place, 'kd_model_name': _without_place, 'class_map': os.path.basename,
+        'pretrained_path': _last_parts,
+    }
     return {key: shorten[key](value) if value and key in shorten else value
             for key, value in args.items() if key not in _PLACES}
 
