@@ -3,7 +3,7 @@ import timm
 import torch
 
 import timm_aws
-from timm_aws.checkpoint.export import hardware
+from timm_aws.checkpoint.results import hardware
 
 __all__ = ['hardware', 'versions']
 

@@ -1,16 +1,9 @@
 """Makes a checkpoint folder from a run of timm's train.py; timm and the Hugging Face Hub can read it."""
 import csv
-import datetime
-import importlib.metadata
 import json
 import logging
 import math
-import os
-import platform
 import re
-import shlex
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,22 +12,19 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from timm.data import create_dataset, create_loader, resolve_data_config, resolve_model_data_config
+from timm.data import resolve_data_config
 from timm.models import save_for_hf
 
-from .folder import ARGS, CARD, CONFIG, CURVES, PICTURE, RESULTS, WEIGHTS, read_json, sha256
+from .folder import ARGS, CARD, CONFIG, CURVES, PICTURE, RESULTS, WEIGHTS, read_json
 from .model_card import model_card
+from .results import results_of, settings_of, start_of
 from .train_run import Checkpoint, find_checkpoint, layers_of, load_checkpoint, stages_of
+from .validation import check_half, validate
 
-__all__ = ['export', 'hardware']
+__all__ = ['export']
 
 _logger = logging.getLogger(__name__)
 
-# Options of train.py about paths on one machine, and how many checkpoints are kept there; what train.py itself sets.
-_PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume', 'checkpoint_hist',
-           'distributed', 'world_size', 'rank', 'local_rank', 'prefetcher')
-# Options of train.py about the data set that validate.py has too.
-_DATA = ('dataset', 'class_map', 'input_img_mode', 'input_key', 'target_key')
 # What the Hub takes for the licence of a model, without the licences of single models.
 _LICENSES = '''
     afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd
@@ -91,24 +81,24 @@ def export(
     candidates = (False, True)[:1 + checkpoint.has_ema] if ema is None else (ema,)
     for use in candidates:
         model.load_state_dict(checkpoint.weights(use))
-    start = _start(stages_of(checkpoint)[0], model.pretrained_cfg)
+    start = start_of(stages_of(checkpoint)[0], model.pretrained_cfg)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as aside:
         folder = Path(aside, out.name)
         _write_config(checkpoint, model, folder, license, labels, img_size)
         full = {}
         if validate_py and data_dir:
-            full = {use: _validate(checkpoint, folder, data_dir, validate_py, use) for use in candidates}
+            full = {use: validate(checkpoint, folder, data_dir, validate_py, use) for use in candidates}
             ema = max(full, key=lambda use: full[use]['top1'])
         ema = bool(ema)
         _write_weights(checkpoint, folder, ema, full_precision)
-        results = {**_results(checkpoint, folder, dataset, ema, data_dir), **start, 'embedding': _embedding(model)}
+        results = {**results_of(checkpoint, folder, dataset, ema, data_dir), **start, 'embedding': _embedding(model)}
         if validate_py and data_dir:
             if not full_precision:
                 model.load_state_dict(checkpoint.weights(ema))
-                _check_half(model, checkpoint, folder, data_dir)
+                check_half(model, checkpoint, folder, data_dir)
                 results['metrics_in_full_precision'] = full[ema]
-            results['metrics'] = _validate(checkpoint, folder, data_dir, validate_py)
+            results['metrics'] = validate(checkpoint, folder, data_dir, validate_py)
         (folder / RESULTS).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
         _write_effective_lr(checkpoint, folder)
         (folder / CARD).write_text(model_card(folder), encoding='utf-8')
@@ -133,50 +123,11 @@ def _model_args(args: dict[str, Any]) -> dict[str, Any]:
     return args['model_kwargs'] | ({'bn_eps': args['bn_eps']} if args.get('bn_eps') is not None else {})
 
 
-def _start(first: Checkpoint, cfg: dict[str, Any]) -> dict[str, Any]:
-    """Returns {'start': name and, where known, dataset and license of the weights before the first run}."""
-    path = first.start or (first.args.get('pretrained') and (first.args.get('pretrained_path') or cfg.get('file')))
-    if path:
-        start = {'name': _last_parts(path)}
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        if (folder / RESULTS).is_file() and (folder / CONFIG).is_file():
-            start = {
-                'name': folder.name,
-                'dataset': str(read_json(folder / RESULTS).get('dataset', '')),
-                'license': str(read_json(folder / CONFIG).get('pretrained_cfg', {}).get('license', '')),
-            }
-    elif first.args.get('pretrained'):
-        start = {'name': f'{cfg["architecture"]}.{cfg.get("tag") or "default"}', 'license': cfg.get('license') or ''}
-    else:
-        return {}
-    return {'start': start}
-
-
-def _besides(stages: list[Checkpoint]) -> list[str]:
-    """Names the teachers of the runs, and the data sets that the last run was not trained on."""
-    teachers = [stage.args['kd_model_name'] for stage in stages if stage.args.get('kd_model_name')]
-    others = [stage.args.get('dataset') or _place(stage) for stage in stages if _data_of(stage) != _data_of(stages[-1])]
-    return list(dict.fromkeys(
-        [f'the teacher {_without_place(name)}' for name in teachers] + [f'the data set {name}' for name in others]))
-
-
-def _data_of(stage: Checkpoint) -> tuple[str, Path]:
-    return stage.args.get('dataset') or '', Path(stage.args['data_dir'] or '').resolve()
-
-
-def _place(stage: Checkpoint) -> str:
-    return Path(stage.args['data_dir'] or '').name or 'DATA'
-
-
 @torch.inference_mode()
 def _embedding(model: Any) -> list[int]:
     """Returns the shape of what the network gives for one image without its classifier."""
     image = torch.zeros(1, *model.pretrained_cfg['input_size'])
     return list(model.eval().forward_head(model.forward_features(image), pre_logits=True).shape)
-
-
-def _last_parts(path: str) -> str:
-    return '/'.join(Path(path).parts[-2:])
 
 
 def _check_name(out: Path, architecture: str) -> None:
@@ -249,7 +200,7 @@ def _write_config(
     exported = read_json(folder / CONFIG)
     exported.get('model_args', {}).pop('num_classes', None)  # transformers passes it a second time and fails
     (folder / CONFIG).write_text(json.dumps(exported, indent=2), encoding='utf-8')
-    (folder / ARGS).write_text(yaml.safe_dump(_settings(args)), encoding='utf-8')
+    (folder / ARGS).write_text(yaml.safe_dump(settings_of(args)), encoding='utf-8')
 
 
 def _read_labels(path: Path) -> dict[str, str]:
@@ -267,20 +218,6 @@ def _read_labels(path: Path) -> dict[str, str]:
     return names
 
 
-def _settings(args: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options of train.py without the places on one machine."""
-    shorten: dict[str, Any] = {
-        'model': _without_place, 'kd_model_name': _without_place, 'class_map': os.path.basename,
-        'pretrained_path': _last_parts,
-    }
-    return {key: shorten[key](value) if value and key in shorten else value
-            for key, value in args.items() if key not in _PLACES}
-
-
-def _without_place(model: str) -> str:
-    return f'local-dir:{Path(model).name}' if model.startswith('local-dir:') else model
-
-
 def _write_weights(checkpoint: Checkpoint, folder: Path, ema: bool, full_precision: bool) -> None:
     weights = {}
     for name, weight in checkpoint.weights(ema).items():
@@ -293,169 +230,6 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, ema: bool, full_precisi
     path = folder / WEIGHTS
     safetensors.torch.save_file(weights, path, metadata={'format': 'pt'})
     path.chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read its files
-
-
-def _validate(
-        checkpoint: Checkpoint, folder: Path, data_dir: Path, validate_py: Path, ema: bool | None = None,
-) -> dict[str, Any]:
-    """Runs timm's validate.py on the folder, or on the checkpoint if `ema` is given."""
-    args = checkpoint.args
-    weights = ['--pretrained'] if ema is None else ['--checkpoint', str(checkpoint.path)]
-    command = [
-        sys.executable, '-m', 'timm_aws', 'run', str(validate_py.resolve()), '--data-dir', str(data_dir.resolve()),
-        '--model', f'local-dir:{folder.resolve()}', *weights, *(['--use-ema'] if ema else []),
-        '--in-chans', str(checkpoint.in_chans), '--split', args['val_split'], '--workers', str(args['workers']),
-        '--device', args['device'] if torch.cuda.is_available() else 'cpu',
-        *(word for key, value in _data_options(args, 'val').items()
-          for word in (f"--{key.replace('_', '-')}", str(value))),
-    ]
-    with tempfile.TemporaryDirectory() as aside:
-        path = Path(aside, 'results.json')
-        # In a session of its own it gets no Ctrl-C, which would print a traceback. subprocess.run kills it instead.
-        done = subprocess.run(
-            [*command, '--results-file', str(path), '--results-format', 'json'], cwd=aside, start_new_session=True)
-        if done.returncode:
-            raise RuntimeError(f'{validate_py} failed with exit code {done.returncode}: see its own words above.')
-        found = json.loads(path.read_text())
-    return {
-        **{key: found[key] for key in ('top1', 'top5', 'img_size', 'crop_pct', 'interpolation')},
-        **_images(checkpoint, 'val', data_dir),
-        'by': "timm's validate.py",
-    }
-
-
-def _data_options(args: dict[str, Any], part: str) -> dict[str, Any]:
-    """Returns the options that train.py has given about the data set's part 'train' or 'val', as validate.py has them.
-
-    The map of classes may lie in the working directory, which validate.py leaves.
-    """
-    options = {**{key: args.get(key) for key in _DATA}, 'num_samples': args.get(f'{part}_num_samples')}
-    if args.get('class_map') and Path(args['class_map']).is_file():
-        options['class_map'] = Path(args['class_map']).resolve()
-    return {key: value for key, value in options.items() if value}
-
-
-def _data_set(checkpoint: Checkpoint, part: str, data_dir: Path) -> Any:
-    """Builds the data set's part 'train' or 'val' as train.py does."""
-    options = {'input_img_mode': 'RGB' if checkpoint.in_chans == 3 else 'L', **_data_options(checkpoint.args, part)}
-    return create_dataset(
-        options.pop('dataset', ''), root=str(data_dir), split=checkpoint.args[f'{part}_split'], **options)
-
-
-def _images(checkpoint: Checkpoint, part: str, data_dir: Path) -> dict[str, int]:
-    """Returns {'images': their number in the data set's part 'train' or 'val'}, {} where they cannot be counted."""
-    try:
-        return {'images': len(_data_set(checkpoint, part, data_dir))}
-    except Exception as error:  # the readers of timm raise many types, and assert
-        _logger.warning(f'The {part} images in {data_dir} are not counted: {" ".join(str(error).split())}')
-        return {}
-
-
-@torch.inference_mode()
-def _check_half(model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, data_dir: Path) -> None:
-    """Raises ValueError where the stored weights do worse than the model, image by image.
-
-    What counts are the images on which one of the two is right and the other wrong. Either is as likely where half
-    precision does no harm, so by chance they lose as many as here, or more, in one of a hundred cases at least.
-    """
-    args = checkpoint.args
-    device = args['device'] if torch.cuda.is_available() else 'cpu'
-    stored: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    loader = create_loader(
-        _data_set(checkpoint, 'val', data_dir), **resolve_model_data_config(stored), batch_size=args['batch_size'],
-        num_workers=args['workers'], device=torch.device(device))
-    lost = gained = total = 0
-    for images, labels in loader:
-        before, after = (network.eval().to(device)(images).argmax(1) == labels for network in (model, stored))
-        lost, gained = lost + int((before & ~after).sum()), gained + int((after & ~before).sum())
-        total += len(labels)
-    differ = lost + gained
-    if 100 * sum(math.comb(differ, count) for count in range(lost, differ + 1)) < 2 ** differ:
-        raise ValueError(
-            f'Half precision turns {lost} right images wrong and {gained} wrong ones right, of {total}: the '
-            f'weights are too small or too large for it, give full_precision=True (--full-precision).'
-        )
-
-
-def _results(
-        checkpoint: Checkpoint, folder: Path, dataset: str, ema: bool, data_dir: Path | None,
-) -> dict[str, Any]:
-    weights = folder / WEIGHTS
-    args = checkpoint.args
-    stages = stages_of(checkpoint)
-    return {
-        'name': folder.name,
-        'dataset': dataset,
-        'weights': {
-            'bytes': weights.stat().st_size,
-            'sha256': sha256(weights),
-            'parameters': sum(weight.numel() for name, weight in checkpoint.weights(ema).items()
-                              if not name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))),
-            'ema': ema,
-        },
-        'train_py': {'epoch': checkpoint.end, args['eval_metric']: checkpoint.content.get('metric')},
-        'training': [_stage(checkpoint, stage, data_dir) for stage in stages],
-        'besides': _besides(stages),
-        'batch_size': args['batch_size'] * args.get('world_size', 1) * args.get('grad_accum_steps', 1),
-        'momentum': checkpoint.content['optimizer']['param_groups'][0].get('momentum'),
-        'alpha': checkpoint.alpha,
-        'seed': args['seed'],
-        'versions': {name: importlib.metadata.version(name) for name in ('timm_aws', 'timm', 'torch')},
-        'hardware': hardware(args['device']),
-        'date': datetime.date.today().isoformat(),
-    }
-
-
-def hardware(device: str) -> str:
-    """Names a GPU of this machine, or its CPU: cores, architecture, model, and the vector instructions torch uses.
-
-    Args:
-        device: A device of torch, such as 'cpu' or 'cuda:0'.
-    """
-    if device.startswith('cuda'):
-        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else 'a GPU of another machine'
-    cpuinfo = Path('/proc/cpuinfo')  # exists on Linux only, and names no model on ARM
-    model = re.search(r'^model name\s*: (.+)$', cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
-    return (f'{os.cpu_count()} cores, {platform.machine()} {model[1] if model else "CPU"}, '
-            f'{torch.backends.cpu.get_cpu_capability()}')
-
-
-def _stage(final: Checkpoint, stage: Checkpoint, data_dir: Path | None) -> dict[str, Any]:
-    """Returns the command that repeats one run with the args.yaml of the last run, its epochs, hours and images."""
-    args = stage.args
-    last = _settings(final.args)
-    other = {key: value for key, value in _settings(args).items() if value != last.get(key)}
-    for key in ('initial_checkpoint', 'resume'):
-        if args.get(key):
-            other[key] = _last_parts(args[key])
-    processes = args.get('world_size', 1)
-    words = [*(['torchrun', f'--nproc_per_node={processes}'] if processes > 1 else ['python']), 'train.py', '--config',
-             'args.yaml', '--data-dir', _place(stage)]
-    notes = []
-    for key, value in other.items():
-        if value is None or value is False:  # no option of train.py takes these
-            notes.append(f'with {key}: {"null" if value is None else "false"} in args.yaml')
-            continue
-        if isinstance(value, dict):
-            value = [f'{name}={item}' for name, item in value.items()]
-        values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
-        words += [f"--{key.replace('_', '-')}", *map(str, values)]
-    if args is not final.args and stage.end < args['epochs']:
-        notes.append(f'the next run starts from epoch {stage.end} of {args["epochs"]}')
-    command = shlex.join(words) + (f'  # {", ".join(notes)}' if notes else '')
-    for newline in '\n\r':  # one line, whatever has been typed; where a word holds it, shlex has put it into quotes
-        command = command.replace(newline, f"'${newline!r}'")
-    stage_results: dict[str, Any] = {'command': command, 'epochs': stage.epochs}
-    started = stage.path.with_name('args.yaml')
-    if started.is_file() and not args.get('resume'):  # which writes args.yaml anew
-        # From the start of the run until the checkpoint was written.
-        seconds = stage.path.stat().st_mtime - started.stat().st_mtime
-        if seconds >= 60:  # else they are copies, with the time of copying
-            stage_results['hours'] = round(seconds / 3600, 2)
-    # --train-batches-per-epoch is for batches of several sizes, and does not tell how many images they hold.
-    if data_dir and _data_of(stage) == _data_of(final) and not args.get('train_batches_per_epoch'):
-        stage_results |= {key: stage.epochs * count for key, count in _images(stage, 'train', data_dir).items()}
-    return stage_results
 
 
 def _write_effective_lr(checkpoint: Checkpoint, folder: Path) -> None:

@@ -130,7 +130,7 @@ def _commit(
     ]
     if not operations:
         return head
-    message = f'{folder.name}: {", ".join(upload + remove)}'
+    message = f'{folder.resolve().name}: {", ".join(upload + remove)}'
     try:
         return api.create_commit(
             repo_id, operations, commit_message=message, revision=revision, parent_commit=head).oid
