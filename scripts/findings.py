@@ -13,11 +13,11 @@ from pathlib import Path
 
 from outputs import RESULTS, fill_in
 from reproduce import read_lines
-from reproduction.grid import POLICIES, PRESETS, SGD_LR, Cell, tuned_strength
-from reproduction.report import final_accuracy
+from reproduction.grid import SGD_LR, Cell
 
 LINES = RESULTS / 'reproduce_cpu.jsonl'
 LIFETIME = RESULTS / 'lifetime_cpu.md'
+RULES = RESULTS / 'rules_cpu.md'
 LIFETIME_ROWS = (
     'WS, L2, SGD, λ = 0.01', 'WS as published, L2, SGD, λ = 0.01', 'no WS, L2, SGD, λ = 0.01',
     'WS, AWS, coupled, α = 0.25', 'no WS, AWS, coupled, α = 0.01', 'WS, L2, SGD, λ = 0.001',
@@ -41,31 +41,24 @@ def span(numbers: Iterable[float | str], digits: int = 0) -> str:
     return f'{min(found):.{digits}f} to {max(found):.{digits}f}'
 
 
-def of_rules() -> dict[str, str]:
-    """Returns the numbers on the eight rules at other learning rates and initializations, and on Figure 1."""
+def of_underfitting() -> dict[str, str]:
+    """Returns the numbers on Figure 1, and how many trainings the paper's tables and figures are made of."""
     lines = read_lines(LINES)
-    accuracy = {cell: final_accuracy(line) for cell, line in lines.items()}
-
-    def at(lr: float, scale: float) -> dict[str, float]:
-        return {rule: accuracy[Cell('resnet10', 'ws', rule, lr, strength, scale)] for rule in POLICIES
-                if (strength := tuned_strength(rule, PRESETS['cpu'], accuracy)) is not None}
-
-    tuned, long, fast_long = at(SGD_LR, 1.), at(SGD_LR, 100.), at(10 * SGD_LR, 100.)
-    fast = [*at(10 * SGD_LR, 0.01).values(), *at(10 * SGD_LR, 1.).values(), *fast_long.values()]
     without, with_decay = (
         lines[Cell('resnet10', 'ws', 'l2', SGD_LR, decay)]['train_accuracy'][-1] for decay in (0., 0.01))
-    return {
-        'trainings': f'{len(lines)}',
-        'tuned': span(tuned.values()), 'tuned_l2': f'{tuned["l2"]:.1f}', 'tuned_aws': f'{tuned["aws"]:.1f}',
-        'tuned_decoupled': f'{tuned["aws_decoupled"]:.1f}',
-        'short': span(at(SGD_LR, 0.01).values()),
-        'long_others': span(long[rule] for rule in long if not rule.startswith('aws')),
-        'long_aws': f'{long["aws"]:.0f}', 'long_decoupled': f'{long["aws_decoupled"]:.0f}',
-        'slow': span([*at(SGD_LR / 10, 1.).values(), *at(SGD_LR / 10, 100.).values()]),
-        'fast': f'{max(fast):.0f}', 'fast_l2': f'{fast_long["l2"]:.0f}', 'fast_none': f'{fast_long["none"]:.0f}',
-        'fast_decoupled': f'{fast_long["aws_decoupled"]:.0f}',
-        'train_without': f'{without:.1f}', 'train_with': f'{with_decay:.1f}',
-    }
+    return {'trainings': f'{len(lines)}', 'train_without': f'{without:.1f}', 'train_with': f'{with_decay:.1f}'}
+
+
+def of_strengths() -> dict[str, str]:
+    """Returns how far each rule gets from every initialization, with the strength that suits all of them best."""
+    rows = tables(RULES)['Strength and initialization, at lr 0.1']
+    forms = {'l2': 'L2, SGD, λ = [^,]*', 'aws': 'AWS, coupled, α = [^,]*', 'decoupled': 'AWS, decoupled, α = [^,]*',
+             'plain_l2': 'L2, SGD, λ = .*, no WS', 'plain_aws': 'AWS, coupled, α = .*, no WS'}
+    found = {}
+    for name, form in forms.items():
+        best = max((key for key in rows if re.fullmatch(form, key)), key=lambda key: float(rows[key]['lowest mean']))
+        found |= {f'robust_{name}': rows[best]['lowest mean'], f'suits_{name}': re.search(r'= ([^,]*)', best)[1]}
+    return found
 
 
 def of_decay_and_alpha(decays: Table, alphas: Table) -> dict[str, str]:
@@ -139,14 +132,34 @@ def of_small_filters() -> dict[str, str]:
     return {name: f'{sum(accuracies) / len(accuracies):.0f}' for name, accuracies in found.items()}
 
 
-def of_long_filters() -> dict[str, str]:
-    """Returns the accuracies of tuned rules from the usual and from long filters: alpha by layer, plain networks."""
-    rows = tables(RESULTS / 'rules_cpu.md')['Initialization times, at lr 0.1']
-    return {f'{name}_{scale}': rows[rule][column].partition(' (')[0]
-            for name, rule in (
-                ('one_alpha', 'AWS, coupled'), ('by_layer', 'AWS, coupled, alpha by layer'),
-                ('plain_aws', 'AWS, coupled, no WS'), ('plain_l2', 'L2, SGD, no WS'))
-            for scale, column in (('usual', '1'), ('far', '100'))}
+def of_rules() -> dict[str, str]:
+    """Returns the numbers on every rule, tuned, at other initializations and learning rates."""
+    found = tables(RULES)
+    rows = found['Initialization times, at lr 0.1']
+    maps = found['Mean accuracy at each learning rate and initialization']
+    over_l2, over_aws = (
+        found[f'Less {base}, at lr 0.1: points with 95 % intervals over seeds'] for base in (
+            'L2, SGD', 'AWS, decoupled'))
+
+    def means(column: str, rules: Iterable[str]) -> str:
+        return span(rows[rule][column].split()[0] for rule in rules)
+
+    lengths = ('forced length (EDM2)', 'fixed length (Hyperball)')
+    return {
+        'rules_done': RULES.read_text().split(' trainings')[0],
+        **{f'{name}_{scale}': rows[rule][column].partition(' (')[0]
+           for name, rule in (('one_alpha', 'AWS, coupled'), ('by_layer', 'AWS, coupled, alpha by layer'),
+                              ('decoupled', 'AWS, decoupled'), ('req', 'fixed angle (REQ)'),
+                              ('plain_aws', 'AWS, coupled, no WS'), ('plain_l2', 'L2, SGD, no WS'))
+           for scale, column in (('usual', '1'), ('far', '100'))},
+        'rules_usual': means('1', rows.keys() - {'fixed angle (REQ)'}),
+        'rules_far': means('100', [rule for rule in rows if not rule.startswith(('AWS', 'fixed', 'forced'))]),
+        'lengths_far': means('100', lengths),
+        **{f'ahead_{name}': table[rule]['mean of the initializations'].lstrip('+') for name, table, rule in (
+            ('decoupled', over_l2, 'AWS, decoupled'), ('req', over_aws, 'fixed angle (REQ)'),
+            ('hyperball', over_aws, 'fixed length (Hyperball)'))},
+        **{f'slow_{name}': maps[rule]['lr 0.01 × 1'] for name, rule in (('l2', 'L2, SGD'), ('aws', 'AWS, coupled'))},
+    }
 
 
 def of_lifetime() -> dict[str, str]:
@@ -172,10 +185,11 @@ def of_lifetime() -> dict[str, str]:
 
 def values() -> dict[str, str]:
     """Returns the numbers that the READMEs mark a place for."""
-    table1, table2, networks, differences, layers, scales, tuned, _ = tables(LINES.with_suffix('.md')).values()
-    return {**of_rules(), **of_decay_and_alpha(table1, table2), **of_networks(networks, differences, tuned),
-            **of_layers(layers, scales), **of_init_scale(), **of_recalibration(), **of_small_filters(),
-            **of_long_filters(), **of_lifetime()}
+    table1, table2, networks, differences, layers, scales, tuned = tables(LINES.with_suffix('.md')).values()
+    return {
+        **of_underfitting(), **of_strengths(), **of_decay_and_alpha(table1, table2),
+        **of_networks(networks, differences, tuned), **of_layers(layers, scales), **of_init_scale(),
+        **of_recalibration(), **of_small_filters(), **of_rules(), **of_lifetime()}
 
 
 if __name__ == '__main__':

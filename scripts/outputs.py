@@ -6,13 +6,17 @@ value than its script gives.
 """
 import os
 import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ['BLACK', 'BLUE', 'GREEN', 'ORANGE', 'READMES', 'RESULTS', 'ROOT', 'VERMILION', 'fill_in', 'filled_in',
-           'save_figure', 'write']
+__all__ = ['BLACK', 'BLUE', 'GREEN', 'ORANGE', 'READMES', 'RESULTS', 'ROOT', 'VERMILION', 'band', 'fill_in',
+           'filled_in', 'save_figure', 'write']
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'scripts' / 'results'
@@ -39,6 +43,13 @@ def fill_in(values: dict[str, str]) -> None:
     """Writes values into every README that marks a place for them."""
     for path in READMES:
         write(path, filled_in(path.read_text(), values))
+
+
+def band(panel: Axes, xs: Sequence[float], values: Sequence[Sequence[float]], color: str, **style: Any) -> None:
+    """Draws the mean over the seeds, and a band from the lowest to the highest; one list of seeds for each x."""
+    panel.plot(xs, [statistics.mean(seeds) for seeds in values], color=color, **style)
+    panel.fill_between(xs, [min(seeds) for seeds in values], [max(seeds) for seeds in values], color=color, alpha=0.2,
+                       linewidth=0)
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:

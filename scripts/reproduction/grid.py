@@ -12,7 +12,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 __all__ = [
     'EXPERIMENTS', 'LIFETIME', 'NETWORKS', 'NETWORK_BUDGET', 'PRECISIONS', 'PRECISION_LAYERS', 'PRESETS', 'RULE_LRS',
     'RULE_SCALES', 'STRENGTH_RULES', 'SUITES', 'Cell', 'Preset', 'Task', 'cells_of', 'compared_rules', 'rule_map',
-    'strength_map', 'task_of', 'tuned_on_network', 'tuned_rule', 'tuned_strength',
+    'strength_map', 'task_of', 'tuned_on_network', 'tuned_rule',
 ]
 
 _DEEP: dict[str, Any] = {'block': Bottleneck, 'channels': (8, 16, 32, 64), 'stem_width': 32}
@@ -132,21 +132,6 @@ SGD_LR, ADAM_LR = 0.1, 1e-3
 DECAYS = (0., 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.)
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.)
 SCALES = (0.01, 1., 20., 100.)
-POLICIES = ('none', 'l2', 'sgdw', 'shifted', 'sgdp', 'sgdc', 'aws', 'aws_decoupled')
-# Equal tuning budget: four strengths each, a decade apart, around what the rule's authors recommend at this length of
-# training; for decoupled decay ten times those of coupled decay, as momentum no longer multiplies it.
-BUDGET = {
-    'none': (0.,),
-    'l2': (1e-4, 1e-3, 1e-2, 1e-1),
-    'sgdw': (1e-3, 1e-2, 1e-1, 1.),
-    'shifted': (1e-4, 1e-3, 1e-2, 1e-1),
-    'sgdp': (1e-4, 1e-3, 1e-2, 1e-1),
-    'sgdc': (1e-3, 1e-2, 1e-1, 1.),
-    'aws': (1e-3, 1e-2, 1e-1, 1.),
-    'aws_decoupled': (1e-2, 1e-1, 1., 10.),
-}
-POLICY_LRS = (0.01, 0.1, 1.)
-POLICY_SCALES = (0.01, 1., 100.)
 # Five for each network of table 3, half a decade apart; the two rules are equal at a std of 0.04.
 NETWORK_BUDGET = {'l2': (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 'aws': (0.025, 0.075, 0.25, 0.75, 2.5)}
 # Where the paper has weight decay 1e-4 over ImageNet's 450,000 steps; the same share of decay over this many steps.
@@ -196,19 +181,14 @@ LIFETIME = (
     [*_long('ws', 'l2', 1e-2), *_long('ws', 'aws', 0.25), *_long('none', 'l2', 1e-2), *_long('ws', 'l2', 1e-3),
      *_long('ws_published', 'l2', 1e-2), *_long('ws', 'aws', 0.025), *_long('ws', 'none', 0.),
      *_long('none', 'aws', 1e-2)],
-    # Strengths over five decades.
-    [*_long('ws', 'l2', 1e-1, 1e-4, 1e-5), *_long('ws', 'aws', 2.5, 2.5e-3, 2.5e-4),
-     *_long('ws_published', 'l2', 1e-1)],
     # Decay of norm weights and classifier: none, and as strong as that of the filters. What comes back without
     # decay, or under AWS.
     [*_long('ws', 'l2', 1e-2, other_decay=0.), *_long('ws', 'l2', 1e-2, other_decay=1e-2),
      *_long('ws', 'aws', 0.25, other_decay=1e-2), *_long('ws', 'l2', 1e-2, decay_until=0.2),
      *_long('ws', 'l2_then_aws', 1e-2, decay_until=0.2, then_alpha=0.25)],
-    # The other rules, at a strength that is about that of L2 1e-3.
-    [*_long('ws', 'sgdw', 1e-2), *_long('ws', 'sgdp', 1e-2), *_long('ws', 'cautious', 1e-2),
-     *_long('ws', 'target', 1e-2), *_long('ws', 'forced', 0.1), *_long('ws', 'hyperball', 0.1),
-     *_long('ws', 'req', 1e-3), *_long('ws', 'aws_by_layer', 1e-3), *_long('ws', 'aws_decoupled', 0.25),
-     *_long('none', 'aws', 1e-3)],
+    # Strengths over five decades.
+    [*_long('ws', 'l2', 1e-1, 1e-4, 1e-5), *_long('ws', 'aws', 2.5, 2.5e-3, 2.5e-4),
+     *_long('ws', 'aws_decoupled', 2.5), *_long('none', 'aws', 1e-3), *_long('ws_published', 'l2', 1e-1)],
     # WN, and Adam, whose exponent is 50 at a decoupled decay of 10.
     [*_long('wn', 'l2', 1e-2), *_long('wn', 'aws', 1e-2),
      *_long('ws', 'adam', 1e-2, lr=ADAM_LR), *_long('ws', 'adamw', 10., lr=ADAM_LR),
@@ -282,28 +262,6 @@ def _initializations(preset: Preset, rule: str, strength: float) -> Iterable[Cel
             yield Cell('resnet10', 'ws', rule, SGD_LR, strength, scale, seed)
 
 
-def _tuning(preset: Preset) -> Iterable[Cell]:
-    for rule in POLICIES:
-        for strength in _thin(BUDGET[rule], preset.thin):
-            yield Cell('resnet10', 'ws', rule, SGD_LR, strength)
-
-
-def tuned_strength(rule: str, preset: Preset, accuracy: dict[Cell, float]) -> float | None:
-    """Returns the strength with the best accuracy at the usual learning rate and scale; None before all are known."""
-    best = _best([cell for cell in _tuning(preset) if cell.rule == rule], accuracy)
-    return None if best is None else best.strength
-
-
-def _policies(preset: Preset, accuracy: dict[Cell, float]) -> Iterable[Cell]:
-    yield from _tuning(preset)
-    for rule in POLICIES:
-        strength = tuned_strength(rule, preset, accuracy)
-        if strength is not None:
-            for lr in _thin(POLICY_LRS, preset.thin):
-                for scale in _thin(POLICY_SCALES, preset.thin):
-                    yield Cell('resnet10', 'ws', rule, lr, strength, scale)
-
-
 def _lifetime(preset: Preset) -> Iterable[Cell]:
     for block in LIFETIME[:preset.life_blocks]:
         for seed in range(preset.life_seeds):
@@ -342,9 +300,8 @@ def _rules(preset: Preset, accuracy: dict[Cell, float]) -> Iterable[Cell]:
     for normalization, rule in compared_rules(preset):
         yield from _rule_tuning(normalization, rule, preset)
     best = [tuned_rule(*compared, preset, accuracy) for compared in compared_rules(preset)]
-    for seed in range(preset.scale_seeds):
-        for cell in best:
-            yield from rule_map(cell, preset, seed) if cell else ()
+    maps = [cell for seed in range(preset.scale_seeds) for one in best if one for cell in rule_map(one, preset, seed)]
+    yield from sorted(maps, key=lambda cell: cell.lr != SGD_LR)  # a part is worth something too
 
 
 def strength_map(normalization: str, rule: str, preset: Preset, seed: int) -> list[Cell]:
@@ -361,7 +318,7 @@ def _strengths(preset: Preset) -> Iterable[Cell]:
 
 # The experiments, by the file that their trainings are in.
 SUITES = {
-    'reproduce': ('table1', 'table2', 'table3', 'table3_tuned', 'fig1', 'fig2', 'fig4', 'fig5', 'fig6', 'policies'),
+    'reproduce': ('table1', 'table2', 'table3', 'table3_tuned', 'fig1', 'fig2', 'fig4', 'fig5', 'fig6'),
     'lifetime': ('lifetime',),
     'precision': ('precision',),
     'rules': ('strengths', 'rules'),
@@ -380,7 +337,7 @@ def cells_of(experiment: str, preset: Preset, accuracy: dict[Cell, float]) -> li
     Args:
         experiment: One of EXPERIMENTS.
         preset: How large everything is.
-        accuracy: Validation accuracy of the trainings that are done. Policies, and the networks of table 3, are tuned
+        accuracy: Validation accuracy of the trainings that are done. Rules, and the networks of table 3, are tuned
             first: what follows from their best strengths is listed once these are known.
 
     Returns:
@@ -396,7 +353,6 @@ def cells_of(experiment: str, preset: Preset, accuracy: dict[Cell, float]) -> li
         'fig4': _aws,
         'fig5': lambda: _initializations(preset, 'l2', TYPICAL_DECAY),
         'fig6': lambda: _initializations(preset, 'aws', TYPICAL_ALPHA),
-        'policies': lambda: _policies(preset, accuracy),
         'lifetime': lambda: _lifetime(preset),
         'precision': lambda: _precision(preset),
         'strengths': lambda: _strengths(preset),

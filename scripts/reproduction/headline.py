@@ -1,10 +1,6 @@
 """The picture at the top of the README: what a fixed decay does that AWS does not."""
-from collections.abc import Sequence
-
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from outputs import BLUE, VERMILION
+from outputs import BLUE, VERMILION, band
 
 from .grid import LIFETIME_OTHER_DECAY, SCALES, SGD_LR, TYPICAL_ALPHA, TYPICAL_DECAY, Cell
 from .report import Lines, final_accuracy, seeds_of
@@ -42,27 +38,14 @@ def headline(paper: Lines, lifetime: Lines) -> Figure | None:
     for found, (*_, label, color, style) in zip(dying, _DYING):
         counts = [[sum(layers) for layers in line['dead']] for line in found]
         steps = [found[0]['steps'] / len(counts[0]) * (1 + epoch) for epoch in range(len(counts[0]))]
-        _band(left, steps, counts, label, color, style)
+        band(left, steps, list(zip(*counts)), color, label=label, linestyle=style)
     left.set(title='Filters that die', xlabel='step', ylabel=f'dead filters of {sum(dying[0][0]["filters"])}')
     left.set_xlim(0)
     for curve, (*_, label, color) in zip(scaled, _SCALED):
-        _band(right, SCALES, list(zip(*(map(final_accuracy, seeds) for seeds in curve))), label, color, 'solid')
+        band(right, SCALES, [[final_accuracy(line) for line in seeds] for seeds in curve], color, label=label)
     right.set(title='Filters that start too long', xlabel='initialization times', xscale='log', ylim=(0, None),
               ylabel='validation accuracy, %')
     for panel in (left, right):
         panel.grid(alpha=0.3)
         panel.legend(loc='center right' if panel is left else 'lower left')
     return figure
-
-
-def _band(
-        panel: Axes,
-        xs: Sequence[float],
-        seeds: Sequence[Sequence[float]],
-        label: str,
-        color: str,
-        linestyle: str,
-) -> None:
-    values = np.array(seeds)
-    panel.plot(xs, values.mean(0), color=color, label=label, linestyle=linestyle)
-    panel.fill_between(xs, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)

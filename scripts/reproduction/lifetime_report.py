@@ -6,9 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from outputs import BLACK, BLUE, GREEN, ORANGE, VERMILION
+from outputs import BLACK, BLUE, GREEN, ORANGE, VERMILION, band
 
 from .grid import LIFETIME_OTHER_DECAY, SGD_LR, Cell, Preset, cells_of
 from .report import (
@@ -218,11 +217,12 @@ def _strengths(lines: Lines) -> Figure | None:
         found = [seeds_of(lines, cell) for cell in cells]
         strengths = [factor * cell.strength for cell in cells]
         label = {'l2': 'weight decay', 'aws': 'AWS'}[rule]
-        _band(panels[0], strengths, [[final_accuracy(line) for line in seeds] for seeds in found], color, label)
+        accuracies = [[final_accuracy(line) for line in seeds] for seeds in found]
+        band(panels[0], strengths, accuracies, color, label=label, marker='.')
         for key, style in (('dead', 'solid'), ('still', 'dotted')):
             shares = [[100 * _share(line, key) for line in seeds if 'still' in line] for seeds in found]
             if all(shares):
-                _band(panels[1], strengths, shares, color, label, style)
+                band(panels[1], strengths, shares, color, label=label, marker='.', linestyle=style)
     without = seeds_of(lines, _cell('ws', 'none', 0.))
     if without:
         panels[0].axhline(
@@ -239,19 +239,6 @@ def _strengths(lines: Lines) -> Figure | None:
 def _share(line: dict[str, Any], key: str) -> float:
     """Returns the share of filters that are counted under a key at the end, all where the training has failed."""
     return 1. if has_failed(line) or not line[key] else _total(line, key)[-1] / sum(line['filters'])
-
-
-def _band(
-        panel: Axes,
-        xs: list[float],
-        values: list[list[float]],
-        color: str,
-        label: str,
-        linestyle: str = 'solid',
-) -> None:
-    means = [statistics.mean(seeds) for seeds in values]
-    panel.plot(xs, means, color=color, label=label, marker='.', linestyle=linestyle)
-    panel.fill_between(xs, [min(seeds) for seeds in values], [max(seeds) for seeds in values], color=color, alpha=0.2)
 
 
 def _spread_map(lines: Lines) -> Figure | None:

@@ -7,10 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from outputs import BLACK, BLUE, GREEN, VERMILION
 
@@ -20,9 +17,6 @@ from .grid import (
     ADAM_LR,
     NARROW_ALPHA,
     NETWORK_BUDGET,
-    POLICIES,
-    POLICY_LRS,
-    POLICY_SCALES,
     SCALES,
     SGD_LR,
     TYPICAL_ALPHA,
@@ -30,7 +24,6 @@ from .grid import (
     Cell,
     Preset,
     tuned_on_network,
-    tuned_strength,
 )
 from .rules import RULES
 
@@ -118,7 +111,7 @@ def tables(lines: Lines, preset: Preset) -> str:
     )
     parts = (_table1, _table2, _table3, _over_networks, _layers, _spread)
     return '\n'.join(
-        [about, *(part(lines) for part in parts), _table3_tuned(lines, preset), _policies(lines, preset)])
+        [about, *(part(lines) for part in parts), _table3_tuned(lines, preset)])
 
 
 def told_done(done: int, planned: int) -> str:
@@ -289,38 +282,12 @@ def _spread(lines: Lines) -> str:
         [row('l2', TYPICAL_DECAY), row('aws', TYPICAL_ALPHA)])
 
 
-def _policies(lines: Lines, preset: Preset) -> str:
-    accuracy = {cell: final_accuracy(line) for cell, line in lines.items()}
-
-    def row(rule: str) -> list[str]:
-        strength = tuned_strength(rule, preset, accuracy)
-        if strength is None:
-            return [RULES[rule].title, *['not run'] * 5]
-        found = _square(lines, rule, strength)
-        values = [final_accuracy(line) for line in found if line]
-        best = lines.get(Cell('resnet10', 'ws', rule, SGD_LR, strength))
-        failed = sum(has_failed(line) for line in found if line)
-        return [RULES[rule].title, f'{strength:g}', _told(best), f'{statistics.mean(values):.1f}' if values else '',
-                f'{min(values):.1f}' if values else '', f'{failed} of {len(values)}']
-
-    return markdown(
-        'Policies: learning rate times initialization scale',
-        ('rule', 'best strength', f'at lr {SGD_LR:g}, scale 1', 'mean over the square', 'worst', 'failed'),
-        map(row, POLICIES))
-
-
-def _square(lines: Lines, rule: str, strength: float) -> list[dict[str, Any] | None]:
-    return [
-        lines.get(Cell('resnet10', 'ws', rule, lr, strength, scale)) for lr in POLICY_LRS for scale in POLICY_SCALES]
-
-
 def figures(lines: Lines, preset: Preset) -> dict[str, Figure | None]:
     """Draws every figure; None where trainings are missing."""
     return {
         'fig1': _fig1(lines), 'fig2': _effective_lrs(lines, (('l2', 0.), ('l2', TYPICAL_DECAY))),
         'fig4': _effective_lrs(lines, (('aws', TYPICAL_ALPHA),)),
         'fig5': _fig56(lines, 'l2', TYPICAL_DECAY), 'fig6': _fig56(lines, 'aws', TYPICAL_ALPHA),
-        'policies': _heat_maps(lines, preset),
     }
 
 
@@ -372,34 +339,3 @@ def _fig56(lines: Lines, rule: str, strength: float) -> Figure | None:
         panel.set(xlabel='epoch', ylabel=f'{kind} accuracy, %', title=setting(rule, strength))
     panels[0].legend()
     return figure
-
-
-def _heat_maps(lines: Lines, preset: Preset) -> Figure | None:
-    accuracy = {cell: final_accuracy(line) for cell, line in lines.items()}
-    strengths = {rule: tuned_strength(rule, preset, accuracy) for rule in POLICIES}
-    if None in strengths.values():
-        return None
-    figure = Figure(figsize=(11, 5.5), layout='constrained')
-    panels = figure.subplots(2, -(-len(POLICIES) // 2), sharex=True, sharey=True)
-    shade = Normalize(0, max(accuracy.values()))
-    colors = colormaps['cividis']
-    for panel, (rule, strength) in zip(panels.flat, strengths.items()):
-        _heat_map(panel, _square(lines, rule, strength), colors, shade)
-        panel.set_title(setting(rule, strength), fontsize=9)
-    figure.colorbar(ScalarMappable(shade, colors), ax=panels, label='validation accuracy, %')
-    figure.supxlabel('initialization times')
-    figure.supylabel('learning rate')
-    return figure
-
-
-def _heat_map(panel: Axes, cells: list[dict[str, Any] | None], colors: Any, shade: Normalize) -> None:
-    width = len(POLICY_SCALES)
-    values = [[final_accuracy(line) if line else float('nan') for line in cells[start:start + width]]
-              for start in range(0, len(cells), width)]
-    panel.imshow(values, cmap=colors, norm=shade, origin='lower', aspect='auto')
-    for index, line in enumerate(cells):
-        text = '' if line is None else 'fails' if has_failed(line) else f'{final_accuracy(line):.0f}'
-        color = 'white' if line is None or shade(final_accuracy(line)) < 0.6 else 'black'
-        panel.text(index % width, index // width, text, ha='center', va='center', color=color)
-    panel.set_xticks(range(width), [f'{scale:g}' for scale in POLICY_SCALES])
-    panel.set_yticks(range(len(POLICY_LRS)), [f'{lr:g}' for lr in POLICY_LRS])

@@ -1,4 +1,4 @@
-"""Tables and figure of `rules`: every rule, tuned alike, at other learning rates and initializations."""
+"""Tables and figures of `rules` and `strengths`: every rule, tuned alike, and decay and AWS at every strength."""
 import statistics
 from typing import Any
 
@@ -7,8 +7,22 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from outputs import BLACK, BLUE, VERMILION, band
 
-from .grid import RULE_LRS, RULE_SCALES, SGD_LR, Cell, Preset, cells_of, compared_rules, rule_map, tuned_rule
+from .grid import (
+    RULE_LRS,
+    RULE_SCALES,
+    SGD_LR,
+    STRENGTH_RULES,
+    SUITES,
+    Cell,
+    Preset,
+    cells_of,
+    compared_rules,
+    rule_map,
+    strength_map,
+    tuned_rule,
+)
 from .report import (
     Lines,
     final_accuracy,
@@ -16,6 +30,7 @@ from .report import (
     interval,
     markdown,
     seeds_of,
+    setting,
     told_done,
     told_seeds,
     versions_of,
@@ -23,8 +38,6 @@ from .report import (
 from .rules import RULES
 
 __all__ = ['figures', 'tables']
-
-_BASE = ('ws', 'l2')
 
 
 def tables(lines: Lines, preset: Preset) -> str:
@@ -40,7 +53,7 @@ def tables(lines: Lines, preset: Preset) -> str:
     if not lines:
         return 'No training has been run.\n'
     first = next(iter(lines.values()))
-    planned = cells_of('rules', preset, _accuracy(lines))
+    planned = {cell for name in SUITES['rules'] for cell in cells_of(name, preset, _accuracy(lines))}
     done = sum(cell in lines for cell in planned)
     about = (
         f'{told_done(done, len(planned))}'
@@ -50,7 +63,10 @@ def tables(lines: Lines, preset: Preset) -> str:
         f'{first["hardware"]}; {versions_of(lines)}.\n'
     )
     best = _best(lines, preset)
-    return '\n'.join([about, _initializations(lines, best), _differences(lines, best, preset), _maps(lines, best)])
+    return '\n'.join([
+        about, _initializations(lines, best), _differences(lines, best, preset, ('ws', 'l2'), (SGD_LR,)),
+        _differences(lines, best, preset, ('ws', 'aws_decoupled'), (SGD_LR,)),
+        _differences(lines, best, preset, ('ws', 'l2'), RULE_LRS), _maps(lines, best), _strengths(lines, preset)])
 
 
 def _accuracy(lines: Lines) -> dict[Cell, float]:
@@ -82,22 +98,29 @@ def _initializations(lines: Lines, best: dict[tuple[str, str], Cell]) -> str:
          for compared, cell in best.items()])
 
 
-def _differences(lines: Lines, best: dict[tuple[str, str], Cell], preset: Preset) -> str:
-    """Compares each rule with L2 seed by seed: the mean of a seed's cells is one number."""
+def _differences(
+        lines: Lines,
+        best: dict[tuple[str, str], Cell],
+        preset: Preset,
+        base: tuple[str, str],
+        lrs: tuple[float, ...],
+) -> str:
+    """Compares each rule with another seed by seed: the mean of a seed's cells at some learning rates is one number."""
 
-    def mean(cell: Cell, scale: float, seed: int) -> float | None:
-        found = [lines.get(one) for one in rule_map(cell, preset, seed) if one.scale == scale]
+    def mean(cell: Cell, scales: tuple[float, ...], seed: int) -> float | None:
+        found = [lines.get(one) for one in rule_map(cell, preset, seed) if one.scale in scales and one.lr in lrs]
         return statistics.mean(map(final_accuracy, found)) if found and all(found) else None
 
-    def told(cell: Cell, scale: float) -> str:
-        pairs = [(mean(cell, scale, seed), mean(best[_BASE], scale, seed)) for seed in range(preset.scale_seeds)]
+    def told(cell: Cell, scales: tuple[float, ...]) -> str:
+        pairs = [(mean(cell, scales, seed), mean(best[base], scales, seed)) for seed in range(preset.scale_seeds)]
         return interval([one - other for one, other in pairs if one is not None and other is not None])
 
+    at = f'at lr {lrs[0]:g}' if len(lrs) == 1 else 'mean over the learning rates'
     return markdown(
-        'Less L2 decay with WS, mean over the learning rates, points with 95 % intervals over seeds',
-        ('rule', *(f'initialization × {scale:g}' for scale in RULE_SCALES)),
-        [[_title(compared), *(told(cell, scale) for scale in RULE_SCALES)]
-         for compared, cell in best.items() if _BASE in best and compared != _BASE])
+        f'Less {_title(base)}, {at}: points with 95 % intervals over seeds',
+        ('rule', *(f'initialization × {scale:g}' for scale in RULE_SCALES), 'mean of the initializations'),
+        [[_title(compared), *(told(cell, scales) for scales in (*((scale,) for scale in RULE_SCALES), RULE_SCALES))]
+         for compared, cell in best.items() if base in best and compared != base])
 
 
 def _maps(lines: Lines, best: dict[tuple[str, str], Cell]) -> str:
@@ -116,9 +139,53 @@ def _mean(found: list[dict[str, Any]]) -> str:
     return f'**{mean}** ({failed} of {len(found)} fail)' if failed else mean
 
 
+def _strengths(lines: Lines, preset: Preset) -> str:
+    return markdown(
+        f'Strength and initialization, at lr {SGD_LR:g}',
+        ('rule', *(f'initialization × {scale:g}' for scale in RULE_SCALES), 'lowest mean'),
+        [[_told_strength(cells[0]), *(told_seeds(seeds_of(lines, cell)) for cell in cells), _lowest(lines, cells)]
+         for compared in STRENGTH_RULES for cells in _by_strength(compared, preset)])
+
+
+def _lowest(lines: Lines, cells: list[Cell]) -> str:
+    found = [seeds_of(lines, cell) for cell in cells]
+    return f'{min(statistics.mean(map(final_accuracy, seeds)) for seeds in found):.1f}' if all(found) else ''
+
+
+def _by_strength(compared: tuple[str, str], preset: Preset) -> list[list[Cell]]:
+    """Returns for each strength of a rule the trainings from each initialization, of the first seed."""
+    cells = strength_map(*compared, preset, seed=0)
+    return [[cell for cell in cells if cell.strength == strength]
+            for strength in dict.fromkeys(cell.strength for cell in cells)]
+
+
+def _told_strength(cell: Cell) -> str:
+    return f'{setting(cell.rule, cell.strength)}{"" if cell.normalization == "ws" else ", no WS"}'
+
+
 def figures(lines: Lines, preset: Preset) -> dict[str, Figure | None]:
-    """Draws the map of every rule; None where trainings are missing."""
-    return {'maps': _heat_maps(lines, _best(lines, preset))}
+    """Draws the map of every rule, and accuracy over the strength; None where trainings are missing."""
+    return {'maps': _heat_maps(lines, _best(lines, preset)), 'plateaus': _plateaus(lines, preset)}
+
+
+def _plateaus(lines: Lines, preset: Preset) -> Figure | None:
+    """Draws accuracy over the strength from each initialization, bands from the worst to the best seed."""
+    compared = [rule for rule in STRENGTH_RULES if rule in compared_rules(preset)]
+    rows = [_by_strength(rule, preset) for rule in compared]
+    if not all(cell in lines for row in rows for cells in row for cell in cells):
+        return None
+    figure = Figure(figsize=(2.6 * len(compared) + 1, 3.2), layout='constrained')
+    panels = figure.subplots(1, len(compared), sharey=True)
+    for panel, rule, cells in zip(panels, compared, rows):
+        for of_scale, color in zip(zip(*cells), (BLUE, BLACK, VERMILION)):
+            accuracies = [[final_accuracy(line) for line in seeds_of(lines, cell)] for cell in of_scale]
+            band(panel, [cell.strength for cell in of_scale], accuracies, color,
+                 label=f'initialization × {of_scale[0].scale:g}')
+        panel.set(title=_title(rule), xscale='log', xlabel='λ' if rule[1] == 'l2' else 'α')
+        panel.grid(alpha=0.3)
+    panels[0].set(ylabel='validation accuracy, %', ylim=(0, None))
+    panels[0].legend()
+    return figure
 
 
 def _heat_maps(lines: Lines, best: dict[tuple[str, str], Cell]) -> Figure | None:
