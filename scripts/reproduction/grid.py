@@ -181,6 +181,8 @@ LIFETIME = (
     [*_long('ws', 'l2', 1e-2), *_long('ws', 'aws', 0.25), *_long('none', 'l2', 1e-2), *_long('ws', 'l2', 1e-3),
      *_long('ws_published', 'l2', 1e-2), *_long('ws', 'aws', 0.025), *_long('ws', 'none', 0.),
      *_long('none', 'aws', 1e-2)],
+    # The rules that do best in `rules`, and decoupled AWS, equal to the coupled one with a tenth of its alpha.
+    [*_long('ws', 'req', 1e-3), *_long('ws', 'aws_decoupled', 0.25), *_long('ws', 'hyperball', 0.1)],
     # Decay of norm weights and classifier: none, and as strong as that of the filters. What comes back without
     # decay, or under AWS.
     [*_long('ws', 'l2', 1e-2, other_decay=0.), *_long('ws', 'l2', 1e-2, other_decay=1e-2),
@@ -188,7 +190,7 @@ LIFETIME = (
      *_long('ws', 'l2_then_aws', 1e-2, decay_until=0.2, then_alpha=0.25)],
     # Strengths over five decades.
     [*_long('ws', 'l2', 1e-1, 1e-4, 1e-5), *_long('ws', 'aws', 2.5, 2.5e-3, 2.5e-4),
-     *_long('ws', 'aws_decoupled', 2.5), *_long('none', 'aws', 1e-3), *_long('ws_published', 'l2', 1e-1)],
+     *_long('none', 'aws', 1e-3), *_long('ws_published', 'l2', 1e-1)],
     # WN, and Adam, whose exponent is 50 at a decoupled decay of 10.
     [*_long('wn', 'l2', 1e-2), *_long('wn', 'aws', 1e-2),
      *_long('ws', 'adam', 1e-2, lr=ADAM_LR), *_long('ws', 'adamw', 10., lr=ADAM_LR),

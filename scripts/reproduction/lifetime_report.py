@@ -35,6 +35,8 @@ _PAIRS = (
     (('ws', 'l2', 1e-3), ('ws', 'l2', 1e-2)), (('ws', 'l2', 1e-2), ('none', 'l2', 1e-2)),
     (('none', 'aws', 1e-2), ('none', 'l2', 1e-2)),
     (('ws_published', 'l2', 1e-2), ('ws', 'l2', 1e-2)),
+    (('ws', 'req', 1e-3), ('ws', 'aws', 0.025)), (('ws', 'req', 1e-3), ('ws', 'l2', 1e-3)),
+    (('ws', 'hyperball', 0.1), ('ws', 'aws', 0.025)), (('ws', 'aws_decoupled', 0.25), ('ws', 'aws', 0.025)),
 )
 # The curves over time, and their colours.
 _DRAWN = (
