@@ -103,11 +103,15 @@ def test_rows_of_steps_that_come_again_are_kept_aside(tmp_path, goes_on):
         weight, optimizer = record_of_one_weight(tmp_path / 'run.csv', 0)
     optimizer.load_state_dict(state)
     weight.grad = torch.ones(2, 2)
-    with pytest.warns(UserWarning, match=r'held 3 rows from step 3 on, which comes again: .*run\.csv\.old has'):
+    with pytest.warns(UserWarning, match=r'held 3 rows from step 3 on, which comes again: .*run\.csv\.old1 has'):
         optimizer.step()
     optimizer.step()
     assert [row['step'] for row in rows_of(tmp_path / 'run.csv')] == ['1', '2', '3', '4']
-    assert [row['step'] for row in rows_of(tmp_path / 'run.csv.old')] == ['1', '2', '3', '4', '5']
+    assert [row['step'] for row in rows_of(tmp_path / 'run.csv.old1')] == ['1', '2', '3', '4', '5']
+    optimizer.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r'held 2 rows from step 3 on, which comes again: .*run\.csv\.old2 has'):
+        optimizer.step()
+    assert len(rows_of(tmp_path / 'run.csv.old1')) == 5
 
 
 def test_state_of_before_the_first_step_starts_the_record_again(tmp_path):

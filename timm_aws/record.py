@@ -2,10 +2,11 @@
 
 The steps are counted in the optimizer's own parameter groups, so the count is saved and loaded with its state: a run
 that is resumed goes on in the same file. What the file holds of steps that come again, written by a killed run after
-its last checkpoint for example, is kept in a file of its name and `.old`.
+its last checkpoint for example, is kept in a file of its name and `.old1`, `.old2` and so on.
 """
 import contextlib
 import csv
+import itertools
 import math
 import os
 import warnings
@@ -134,7 +135,8 @@ class Recorder:
             with aside.open('w', newline='') as file:
                 csv.writer(file).writerows([COLUMNS, *rows])
             if later:
-                old = self.path.replace(self.path.with_name(f'{self.path.name}.old'))
+                names = (self.path.with_name(f'{self.path.name}.old{number}') for number in itertools.count(1))
+                old = self.path.rename(next(name for name in names if not name.exists()))
                 warnings.warn(
                     f'{self.path} held {len(later)} rows from step {self._step} on, which comes again: {old} has them.',
                     stacklevel=2)
