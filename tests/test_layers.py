@@ -1,5 +1,6 @@
 """The normalized layers against the slow reference and against plain layers."""
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -218,3 +219,10 @@ def test_a_trace_has_operators_that_core_ml_and_openvino_know(cls, format):
     assert operators <= {
         'Int', '_convolution', 'add', 'flatten', 'layer_norm', 'mean', 'mul', 'permute', 'pow', 'rsqrt', 'size',
         'square', 'view'}
+
+
+@pytest.mark.parametrize('cls', [WSConv2d, WNConv2d, CWNConv2d])
+def test_layers_are_made_as_torchs_are(cls):
+    assert inspect.signature(cls) == inspect.signature(nn.Conv2d)
+    conv = torch.nn.utils.skip_init(cls, 3, 8, 3, device='cpu')
+    assert (type(conv), conv.weight.shape) == (cls, (8, 3, 3, 3))

@@ -88,13 +88,14 @@ class NormalizedConv2d(nn.Conv2d):
         if hasattr(cls, 'normalization'):
             cls._centered, cls._per_element = NORMALIZATIONS[cls.normalization]
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def reset_parameters(self) -> None:
+        """Initializes the parameters as nn.Conv2d does, whose constructor calls this."""
         if fan_in(self) == 1:
             raise ValueError(
                 f'{type(self).__name__} needs filters of more than one element, but in_channels={self.in_channels}, '
                 f'groups={self.groups}, kernel_size={self.kernel_size} gives fan-in 1: use nn.Conv2d here.'
             )
+        super().reset_parameters()
 
     def normalized_weight(self) -> torch.Tensor:
         """Returns W', the weight that forward convolves with, in the shape of `weight`."""
