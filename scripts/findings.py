@@ -170,6 +170,8 @@ def of_lifetime() -> dict[str, str]:
     rows += [(rule, deaths[rule]['dead'], deaths[rule]['without gradient'], ends[rule]['shortest std'],
               ends[rule]['validation accuracy']) for rule in LIFETIME_ROWS if rule in ends]
     found = {'life_done': LIFETIME.read_text().split(' trainings')[0],
+             'life_req': ends['WS, fixed angle (REQ), λ = 0.001']['validation accuracy'],
+             'life_aws_best': ends[LIFETIME_ROWS[6]]['validation accuracy'],
              **{f'life_gain_{name}': differences[f'{ours} less {base}']['points'].lstrip('+') for name, ours, base in (
                  ('ws', LIFETIME_ROWS[3], LIFETIME_ROWS[0]), ('plain', LIFETIME_ROWS[4], LIFETIME_ROWS[2]))},
              'life_table': '\n' + ''.join(f'| {" | ".join(row)} |\n' for row in rows)}
