@@ -7,13 +7,15 @@ recalibration.py and centering.py.
 """
 import json
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from outputs import RESULTS, fill_in
 from reproduce import read_lines
-from reproduction.grid import SGD_LR, Cell
+from reproduction.grid import PRESETS, SGD_LR, SUITES, Cell, cells_of
+from reproduction.report import final_accuracy
 
 LINES = RESULTS / 'reproduce_cpu.jsonl'
 LIFETIME = RESULTS / 'lifetime_cpu.md'
@@ -41,6 +43,17 @@ def span(numbers: Iterable[float | str], digits: int = 0) -> str:
     return f'{min(found):.{digits}f} to {max(found):.{digits}f}'
 
 
+def of_duration() -> dict[str, str]:
+    """Returns how many hours all of the trainings take, two at a time: those to come as long as those that are done."""
+    seconds = 0.
+    for suite, experiments in SUITES.items():
+        lines = read_lines(RESULTS / f'{suite}_cpu.jsonl')
+        accuracy = {cell: final_accuracy(line) for cell, line in lines.items()}
+        planned = {cell for name in experiments for cell in cells_of(name, PRESETS['cpu'], accuracy)}
+        seconds += len(planned) * statistics.mean(lines[cell]['seconds'] for cell in planned & lines.keys())
+    return {'hours': f'{seconds / 2 / 3600:.0f}'}
+
+
 def of_underfitting() -> dict[str, str]:
     """Returns the numbers on Figure 1, and how many trainings the paper's tables and figures are made of."""
     lines = read_lines(LINES)
@@ -56,8 +69,8 @@ def of_strengths() -> dict[str, str]:
              'plain_l2': 'L2, SGD, λ = .*, no WS', 'plain_aws': 'AWS, coupled, α = .*, no WS'}
     found = {}
     for name, form in forms.items():
-        best = max((key for key in rows if re.fullmatch(form, key)), key=lambda key: float(rows[key]['lowest mean']))
-        found |= {f'robust_{name}': rows[best]['lowest mean'], f'suits_{name}': re.search(r'= ([^,]*)', best)[1]}
+        means = [row['lowest mean'] for key, row in rows.items() if re.fullmatch(form, key)]
+        found[f'robust_{name}'] = max(means, key=float)
     return found
 
 
@@ -74,18 +87,15 @@ def of_decay_and_alpha(decays: Table, alphas: Table) -> dict[str, str]:
         'adam_decoupled': span(finite['WS, Adam decoupled'] + finite['WN, Adam decoupled']),
         'ws_coupled_100': f'{float(alphas["100"]["WS, Adam coupled"]):.0f}',
         'wn_coupled_100': f'{float(alphas["100"]["WN, Adam coupled"]):.0f}',
-        'wn_decoupled_100': f'{float(alphas["100"]["WN, SGD decoupled"]):.0f}',
     }
 
 
 def of_networks(networks: Table, differences: Table, tuned: Table) -> dict[str, str]:
     """Returns the numbers on Table 3, without the signs of the differences."""
-    gain, loss, behind, matched = (row['points'].lstrip('+-') for row in differences.values())
     return {
-        'gain': gain, 'loss': loss, 'behind': behind, 'matched': matched,
+        'behind': differences['WS + AWS less WS + WD']['points'].lstrip('-'),
         'tuned_behind': re.search(r'networks: -(\d.*) points', LINES.with_suffix('.md').read_text())[1],
         'std': span((row['median std at the start'] for row in networks.values()), 2),
-        'best_l2': str([row['best λ'] for row in tuned.values()].count('0.01')),
         'best_alpha': str([row['best α'] for row in tuned.values()].count('0.075')), 'networks': str(len(tuned)),
     }
 
@@ -94,9 +104,9 @@ def of_layers(layers: Table, scales: Table) -> dict[str, str]:
     """Returns the numbers on Figures 2, 4, 5 and 6."""
     found = {}
     for name, rule in (('l2', 'L2, SGD, λ = 0.01'), ('aws', 'AWS, coupled, α = 0.25')):
-        _, start, later, growth, median = layers[rule].values()
+        _, start, later, growth, _ = layers[rule].values()
         found |= {f'apart_start_{name}': start, f'apart_{name}': later, f'growth_{name}': growth,
-                  f'rate_{name}': median, f'spread_{name}': scales[rule]['spread, points'],
+                  f'spread_{name}': scales[rule]['spread, points'],
                   f'far_{name}': f'{float(scales[rule]["100"].split()[0]):.0f}'}
     return {**found, 'deviation': span(re.findall(r'± ([\d.]+)', str(scales)), 1)}
 
@@ -189,7 +199,7 @@ def values() -> dict[str, str]:
     """Returns the numbers that the READMEs mark a place for."""
     table1, table2, networks, differences, layers, scales, tuned = tables(LINES.with_suffix('.md')).values()
     return {
-        **of_underfitting(), **of_strengths(), **of_decay_and_alpha(table1, table2),
+        **of_duration(), **of_underfitting(), **of_strengths(), **of_decay_and_alpha(table1, table2),
         **of_networks(networks, differences, tuned), **of_layers(layers, scales), **of_init_scale(),
         **of_recalibration(), **of_small_filters(), **of_rules(), **of_lifetime()}
 

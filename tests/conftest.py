@@ -92,3 +92,43 @@ def checkpoint_folder(train_run, tmp_path_factory):
 def copied(checkpoint_folder, tmp_path):
     """A copy of the checkpoint folder that a test may change."""
     return shutil.copytree(checkpoint_folder, tmp_path / checkpoint_folder.name)
+
+
+# Stands in for timm's script, with its options and its results file: finds the top-1 that `measured` was given for
+# each choice, and leaves what it was asked beside it.
+VALIDATE = '''
+import argparse, json, timm
+parser = argparse.ArgumentParser()
+for name in ('data-dir', 'dataset', 'split', 'class-map', 'input-img-mode', 'input-key', 'target-key', 'num-samples',
+             'model', 'checkpoint', 'device', 'workers', 'results-file', 'results-format'):
+    parser.add_argument('--' + name)
+parser.add_argument('--in-chans', type=int, default=3)
+parser.add_argument('--pretrained', action='store_true')
+parser.add_argument('--use-ema', action='store_true')
+args = parser.parse_args()
+timm.create_model(args.model, pretrained=args.pretrained, checkpoint_path=args.checkpoint, in_chans=args.in_chans)
+top1 = {top1}['half' if args.pretrained else 'ema' if args.use_ema else 'model']
+json.dump(dict(top1=top1, top5=90.0, img_size=48, crop_pct=1.0, interpolation='bicubic', args=str(args)),
+          open(args.results_file, 'w'))
+json.dump(vars(args), open(__file__ + '.json', 'w'))
+'''
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Options that make export measure: what it will find for the two kinds of weights and in half precision."""
+    import numpy as np
+    from PIL import Image
+
+    for split, count in (('train', 3), ('val', 2)):
+        for label in 'abcd':
+            folder = tmp_path / 'images' / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / f'{index}.png')
+
+    def options(**top1):
+        (tmp_path / 'validate.py').write_text(VALIDATE.replace('{top1}', repr(top1)))
+        return {'data_dir': tmp_path / 'images', 'validate_py': tmp_path / 'validate.py'}
+
+    return options

@@ -324,7 +324,7 @@ def test_coupled_shrink_that_will_overflow_is_told_before_the_first_step(length,
     assert bool(param.isfinite().all()) is not overflows
     assert told == overflows * [
         'AwsSGD with lr=0.1 and alpha=10.0 shrinks a filter of shape (1, 1, 2) by 3 times its length in a step, '
-        'which ends in overflow: lower alpha, or give decoupled=True, whose shrink stops at 0.']
+        'which goes past 0 and may overflow: lower alpha, or give decoupled=True, whose shrink stops at 0.']
     param, told = run(decoupled=True)
     assert param.isfinite().all() and not told
 

@@ -177,7 +177,7 @@ class ShrinkGroups(torch.optim.Optimizer):
 
     def _shrink_and_update(self) -> None:
         """Shrinks and updates; each optimizer that this is mixed into has its own."""
-        raise NotImplementedError
+        raise NotImplementedError  # of this class alone no optimizer is made
 
 
 def _check_same_rule(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:

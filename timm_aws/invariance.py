@@ -53,12 +53,16 @@ def tried(module: nn.Module, name: str, known: str | None = None, before_norm: b
     Returns:
         'ws' or 'wn', or what is known; None where the output changes, or where the layer cannot be tried.
     """
+    try:
+        shape = _input_shape(module)
+    except (AttributeError, TypeError):  # a layer whose sizes are others than torch's
+        return None
     param = module.get_parameter(name)
     # Buffers are handed over too, so that those that a forward changes (spectral norm's) stay what they are.
     buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
 
     def output(value: torch.Tensor) -> list[torch.Tensor]:
-        x = torch.randn(2, *_input_shape(module), generator=torch.Generator().manual_seed(0)).to(param)
+        x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(param)
         y = functional_call(module, {**buffers, name: value}, (x,))
         return [F.batch_norm(y, None, None, training=True) if before_norm else y]
 

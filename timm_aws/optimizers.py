@@ -145,11 +145,11 @@ class _CoupledOrDecoupled(ShrinkGroups):
 
     def _states(self, group: dict[str, Any]) -> list[_ParamState]:
         """Returns the states of the group's parameters that have a gradient; AwsSGD and AwsAdam each have their own."""
-        raise NotImplementedError
+        raise NotImplementedError  # of this class alone no optimizer is made
 
     def _update(self, group: dict[str, Any], part: list[_ParamState], weight_decay: float) -> None:
         """Takes torch's own step, of SGD in AwsSGD and of Adam in AwsAdam."""
-        raise NotImplementedError
+        raise NotImplementedError  # as above
 
 
 def _matched(param: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -217,7 +217,7 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
 
     @torch.no_grad()
     def _warn_of_overflow(self) -> None:
-        """Warns where the first coupled step takes all of a filter or more: the buffer goes on, and makes it longer."""
+        """Warns where a coupled step takes all of a filter or more: the buffer goes on past 0, and may lengthen it."""
         for group in self.param_groups:
             for param in group['params'] if group['alpha'] and not group['decoupled'] else ():
                 # Not of a DTensor or a fake one; meta and empty ones have no lengths.
@@ -225,12 +225,12 @@ class AwsSGD(_CoupledOrDecoupled, torch.optim.SGD):
                 if param.ndim < 2 or not param.numel() or not plain:
                     continue
                 length = filter_length(param, group['normalization'])
-                share = (group['lr'] * shrink_factor(group['alpha'], length)).nan_to_num().max().item()
+                share = shrink_factor(float(group['lr']) * group['alpha'], length).nan_to_num().max().item()
                 if share >= 1:
                     warnings.warn(
                         f'{type(self).__name__} with lr={float(group["lr"])!r} and alpha={group["alpha"]!r} shrinks a '
                         f'filter of shape {tuple(param.shape[1:])} by {share:.2g} times its length in a step, which '
-                        f'ends in overflow: lower alpha, or give decoupled=True, whose shrink stops at 0.',
+                        f'goes past 0 and may overflow: lower alpha, or give decoupled=True, whose shrink stops at 0.',
                         stacklevel=3,
                     )
                     return

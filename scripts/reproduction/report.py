@@ -59,10 +59,11 @@ def final_accuracy(line: dict[str, Any]) -> float:
 
 
 def setting(rule: str, strength: float) -> str:
-    """Names a rule and its strength, alpha or weight decay."""
+    """Names a rule and its strength: alpha, weight decay, or what sets a length (s in filter_rules.py)."""
     if rule == 'none':
         return RULES[rule].title
-    return f'{RULES[rule].title}, {"α" if rule.startswith("aws") else "λ"} = {strength:g}'
+    symbol = 'α' if rule.startswith('aws') else 's' if rule in ('forced', 'hyperball') else 'λ'
+    return f'{RULES[rule].title}, {symbol} = {strength:g}'
 
 
 def has_failed(line: dict[str, Any]) -> bool:
