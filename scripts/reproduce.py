@@ -6,8 +6,8 @@
 `run` adds one line of JSON for each finished training to a file in scripts/results: those of `lifetime`, `precision`
 and `rules` to lifetime_PRESET.jsonl and so on, those of the paper's tables and figures to reproduce_PRESET.jsonl. It
 can be stopped at any moment. Presets: `smoke`, made-up patterns and a few steps, to try the scripts (no --data); `cpu`,
-twenty classes of Tiny-ImageNet-200 at 32 px, or ten at 16 px for what is not in the paper; `gpu`, forty classes, and
-three seeds in table 3 as well. reproduction/grid.py lists the trainings of each table and figure.
+twenty classes of Tiny-ImageNet-200 at 32 px, or ten at 16 px for what is not in the paper; `gpu`, forty classes.
+reproduction/grid.py lists the trainings of each table and figure.
 """
 import argparse
 import json

@@ -11,7 +11,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 
 __all__ = [
     'EXPERIMENTS', 'LIFETIME', 'NETWORKS', 'NETWORK_BUDGET', 'PRECISIONS', 'PRECISION_LAYERS', 'PRESETS', 'RULE_LRS',
-    'RULE_SCALES', 'STRENGTH_RULES', 'SUITES', 'Cell', 'Preset', 'Task', 'cells_of', 'compared_rules', 'rule_map',
+    'RULE_SCALES', 'STRENGTH_RULES', 'SUITES', 'TABLE3', 'Cell', 'Preset', 'Task', 'cells_of', 'compared_rules', 'rule_map',
     'strength_map', 'task_of', 'tuned_on_network', 'tuned_rule',
 ]
 
@@ -87,7 +87,7 @@ PRESETS = {
         Task(16, every=0, batch_size=32, epochs=1, epoch_steps=4), thin=6, backbones=('resnet50',), seeds=1,
         scale_seeds=1, fresh_seeds=1, life_seeds=1, life_blocks=1, compared=2),
     'cpu': Preset(
-        Task(32, every=10, batch_size=128, epochs=10), _LONG, _BRIEF, thin=1, backbones=_ALL_BACKBONES, seeds=1,
+        Task(32, every=10, batch_size=128, epochs=10), _LONG, _BRIEF, thin=1, backbones=_ALL_BACKBONES, seeds=3,
         scale_seeds=3, fresh_seeds=2, life_seeds=3),
     'gpu': Preset(
         Task(32, every=5, batch_size=128, epochs=10), _LONG, _BRIEF, thin=1, backbones=_ALL_BACKBONES, seeds=3,
@@ -138,6 +138,14 @@ NETWORK_BUDGET = {'l2': (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 'aws': (0.025, 0.075, 0.
 TYPICAL_DECAY, TYPICAL_ALPHA = 1e-2, 0.25
 # The same decay at the std of 0.13 that the filters of table 3's narrow networks start with.
 NARROW_ALPHA = 0.075
+# The columns of table 3: the paper's three, and two alphas that fit these networks.
+TABLE3 = {
+    'baseline': ('none', 'l2', SGD_LR, TYPICAL_DECAY),
+    'WS + WD': ('ws', 'l2', SGD_LR, TYPICAL_DECAY),
+    'WS + AWS': ('ws', 'aws', SGD_LR, TYPICAL_ALPHA),
+    f'WS + AWS, α = {NARROW_ALPHA:g}': ('ws', 'aws', SGD_LR, NARROW_ALPHA),
+    'WS + AWS, α by layer': ('ws', 'aws_by_layer', SGD_LR, TYPICAL_DECAY),
+}
 LIFETIME_OTHER_DECAY = 1e-3
 # Table 1 again: at which decay exponent what fails, with whose layer and in which precision.
 PRECISIONS = ('float32', 'bfloat16', 'float16')
@@ -222,9 +230,7 @@ def _table2(preset: Preset) -> Iterable[Cell]:
 def _table3(preset: Preset) -> Iterable[Cell]:
     for network in preset.backbones:
         for seed in range(preset.seeds):
-            yield Cell(network, 'none', 'l2', SGD_LR, TYPICAL_DECAY, seed=seed)
-            yield Cell(network, 'ws', 'l2', SGD_LR, TYPICAL_DECAY, seed=seed)
-            yield Cell(network, 'ws', 'aws', SGD_LR, TYPICAL_ALPHA, seed=seed)
+            yield from (Cell(network, *column, seed=seed) for column in TABLE3.values())
 
 
 def _network_tuning(network: str, rule: str, preset: Preset) -> list[Cell]:

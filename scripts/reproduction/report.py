@@ -15,10 +15,10 @@ from timm_aws.plot import add_layer_bar, layer_colors
 
 from .grid import (
     ADAM_LR,
-    NARROW_ALPHA,
     NETWORK_BUDGET,
     SCALES,
     SGD_LR,
+    TABLE3,
     TYPICAL_ALPHA,
     TYPICAL_DECAY,
     Cell,
@@ -164,41 +164,37 @@ def _table2(lines: Lines) -> str:
         map(row, alphas))
 
 
-_BASELINE, _DECAY, _AWS, _MATCHED = (
-    ('none', 'l2', TYPICAL_DECAY), ('ws', 'l2', TYPICAL_DECAY), ('ws', 'aws', TYPICAL_ALPHA),
-    ('ws', 'aws', NARROW_ALPHA))
-
-
 def _table3(lines: Lines) -> str:
     def told(network: str) -> list[str]:
         columns = _compared(lines, network)
-        decay = columns[1]
+        decay = columns['WS + WD']
         start = f'{statistics.median(decay[0]["lengths"][0]):.2f}' if decay else 'not run'
-        return [network, *map(told_seeds, columns), start, *map(_paper, _PAPER_3[network])]
+        return [network, *map(told_seeds, columns.values()), start, *map(_paper, _PAPER_3[network])]
 
     return markdown(
-        'Table 3: networks', (
-            'network', 'baseline', 'WS + WD', 'WS + AWS', f'WS + AWS, α = {NARROW_ALPHA:g}', 'median std at the start',
-            'paper: baseline', 'paper: WS + WD', 'paper: WS + AWS'),
+        'Table 3: networks', ('network', *TABLE3, 'median std at the start', *(
+            f'paper: {title}' for title in ('baseline', 'WS + WD', 'WS + AWS'))),
         map(told, _PAPER_3))
 
 
-def _compared(lines: Lines, network: str) -> list[list[dict[str, Any]]]:
-    """Returns a network's trainings for each column of table 3, of the seeds that the paper's columns all have."""
-    columns = [seeds_of(lines, Cell(network, *column[:2], SGD_LR, column[2]))
-               for column in (_BASELINE, _DECAY, _AWS, _MATCHED)]
-    seeds = [{line['seed'] for line in column} for column in columns[:3] if column]
+def _compared(lines: Lines, network: str) -> dict[str, list[dict[str, Any]]]:
+    """Returns a network's trainings for each column of table 3, of the seeds that all columns have."""
+    columns = {title: seeds_of(lines, Cell(network, *column)) for title, column in TABLE3.items()}
+    seeds = [{line['seed'] for line in column} for column in columns.values() if column]
     common = set.intersection(*seeds) if seeds else set()
-    return [[line for line in column if line['seed'] in common] for column in columns]
+    return {title: [line for line in column if line['seed'] in common] for title, column in columns.items()}
 
 
 def _over_networks(lines: Lines) -> str:
-    baseline, decay, aws, matched = zip(*(_compared(lines, network) for network in _PAPER_3))
+    compared = [_compared(lines, network) for network in _PAPER_3]
+
+    def row(ours: str, base: str) -> list[str]:
+        return [f'{ours} less {base}', *_difference([one[ours] for one in compared], [one[base] for one in compared])]
+
+    baseline, decay, *aws = TABLE3
     return markdown(
         'Table 3: mean difference over the networks, and its 95 % interval', ('difference', 'points', 'networks'),
-        [[title, *_difference(ours, base)] for title, ours, base in (
-            ('WS + WD less baseline', decay, baseline), ('WS + AWS less baseline', aws, baseline),
-            ('WS + AWS less WS + WD', aws, decay), (f'WS + AWS, α = {NARROW_ALPHA:g}, less WS + WD', matched, decay))])
+        [row(decay, baseline), row(aws[0], baseline), *(row(title, decay) for title in aws)])
 
 
 def _difference(ours: Iterable[list[dict[str, Any]]], base: Iterable[list[dict[str, Any]]]) -> list[str]:
