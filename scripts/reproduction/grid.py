@@ -191,6 +191,9 @@ LIFETIME = (
      *_long('none', 'aws', 1e-2)],
     # The rules that do best in `rules`, and decoupled AWS, equal to the coupled one with a tenth of its alpha.
     [*_long('ws', 'req', 1e-3), *_long('ws', 'aws_decoupled', 0.25), *_long('ws', 'hyperball', 0.1)],
+    # The same time from filters that start 100 times too long.
+    [*_long('ws', 'l2', 1e-3, scale=100.), *_long('ws', 'aws', 0.025, scale=100.),
+     *_long('ws', 'none', 0., scale=100.)],
     # Decay of norm weights and classifier: none, and as strong as that of the filters. What comes back without
     # decay, or under AWS.
     [*_long('ws', 'l2', 1e-2, other_decay=0.), *_long('ws', 'l2', 1e-2, other_decay=1e-2),

@@ -28,7 +28,7 @@ __all__ = ['figures', 'tables']
 
 _NORMALIZATIONS = {'none': 'no WS', 'ws': 'WS', 'ws_published': 'WS as published', 'wn': 'WN'}
 _TYPICAL_STD = 0.04  # at which alpha is turned into a weight decay
-# What is compared seed by seed: normalization, rule, strength, less the same.
+# What is compared seed by seed: normalization, rule, strength and where it is not 1 the scale, less the same.
 _PAIRS = (
     (('ws', 'aws', 0.25), ('ws', 'l2', 1e-2)), (('ws', 'aws', 0.025), ('ws', 'l2', 1e-3)),
     (('ws', 'aws', 0.025), ('ws', 'none', 0.)), (('ws', 'l2', 1e-3), ('ws', 'none', 0.)),
@@ -37,6 +37,8 @@ _PAIRS = (
     (('ws_published', 'l2', 1e-2), ('ws', 'l2', 1e-2)),
     (('ws', 'req', 1e-3), ('ws', 'aws', 0.025)), (('ws', 'req', 1e-3), ('ws', 'l2', 1e-3)),
     (('ws', 'hyperball', 0.1), ('ws', 'aws', 0.025)), (('ws', 'aws_decoupled', 0.25), ('ws', 'aws', 0.025)),
+    (('ws', 'aws', 0.025, 100.), ('ws', 'l2', 1e-3, 100.)), (('ws', 'aws', 0.025, 100.), ('ws', 'aws', 0.025)),
+    (('ws', 'l2', 1e-3, 100.), ('ws', 'l2', 1e-3)),
 )
 # The curves over time, and their colours.
 _DRAWN = (
@@ -44,16 +46,17 @@ _DRAWN = (
     (('ws', 'l2', 1e-3), GREEN), (('ws', 'none', 0.), BLACK))
 
 
-def _cell(normalization: str, rule: str, strength: float) -> Cell:
+def _cell(normalization: str, rule: str, strength: float, scale: float = 1.) -> Cell:
     """Returns the training of the first seed, with the usual decay of the other parameters."""
-    return Cell('narrow10', normalization, rule, SGD_LR, strength, other_decay=LIFETIME_OTHER_DECAY)
+    return Cell('narrow10', normalization, rule, SGD_LR, strength, scale, other_decay=LIFETIME_OTHER_DECAY)
 
 
 def _title(cell: Cell) -> str:
+    start = '' if cell.scale == 1 else f', from filters {cell.scale:g} times as long'
     other = '' if cell.other_decay == LIFETIME_OTHER_DECAY else f', decay of the rest {cell.other_decay:g}'
     end = f'AWS, α = {cell.then_alpha:g},' if cell.then_alpha else 'no decay'
     until = '' if cell.decay_until == 1 else f', {end} after {100 * cell.decay_until:.0f} % of the steps'
-    return f'{_NORMALIZATIONS[cell.normalization]}, {setting(cell.rule, cell.strength)}{other}{until}'
+    return f'{_NORMALIZATIONS[cell.normalization]}, {setting(cell.rule, cell.strength)}{start}{other}{until}'
 
 
 def tables(lines: Lines, preset: Preset) -> str:
@@ -102,12 +105,14 @@ def _ends(lines: Lines, rows: list[Cell]) -> str:
         return [
             _title(cell), '' if exponent is None else f'{exponent:.3g}',
             _span((_total(line, 'dead')[-1] for line in finite), 'd'),
-            _span((line['shortest'][-1] for line in finite), '.2g'), told_seeds(found), str(len(found))]
+            _span((line['shortest'][-1] for line in finite), '.2g'),
+            _span((line['train_accuracy'][-1] for line in finite), '.0f'), told_seeds(found), str(len(found))]
 
     filters = sum(next(iter(lines.values()))['filters'])
     return markdown(
         'At the end', (
-            'rule', 'decay exponent', f'dead filters of {filters}', 'shortest std', 'validation accuracy', 'seeds'),
+            'rule', 'decay exponent', f'dead filters of {filters}', 'shortest std', 'train accuracy, last epoch',
+            'validation accuracy', 'seeds'),
         map(row, rows))
 
 
