@@ -127,12 +127,12 @@ def _about(options: argparse.Namespace, images: Images) -> dict[str, Any]:
 
 def report(options: argparse.Namespace) -> None:
     """Writes the tables and draws the figures of a preset."""
-    from reproduction import lifetime_report, precision_report, report, rules_report  # need matplotlib
+    from reproduction import lifetime_report, paper_report, precision_report, rules_report  # need matplotlib
     from reproduction.headline import headline
 
     preset = PRESETS[options.preset]
     found = {suite: read_lines(options.out / f'{suite}_{options.preset}.jsonl') for suite in SUITES}
-    for suite, reporter in zip(SUITES, (report, lifetime_report, precision_report, rules_report)):
+    for suite, reporter in zip(SUITES, (paper_report, lifetime_report, precision_report, rules_report)):
         path = options.out / f'{suite}_{options.preset}.md'
         write(path, reporter.tables(found[suite], preset))
         folder = path.with_suffix('')

@@ -11,8 +11,8 @@ from timm.models.resnet import BasicBlock, Bottleneck
 
 __all__ = [
     'EXPERIMENTS', 'LIFETIME', 'NETWORKS', 'NETWORK_BUDGET', 'PRECISIONS', 'PRECISION_LAYERS', 'PRESETS', 'RULE_LRS',
-    'RULE_SCALES', 'STRENGTH_RULES', 'SUITES', 'TABLE3', 'Cell', 'Preset', 'Task', 'cells_of', 'compared_rules', 'rule_map',
-    'strength_map', 'task_of', 'tuned_on_network', 'tuned_rule',
+    'RULE_SCALES', 'STRENGTH_RULES', 'SUITES', 'TABLE3', 'Cell', 'Preset', 'Task', 'cells_of', 'compared_rules',
+    'rule_map', 'strength_map', 'task_of', 'tuned_on_network', 'tuned_rule',
 ]
 
 _DEEP: dict[str, Any] = {'block': Bottleneck, 'channels': (8, 16, 32, 64), 'stem_width': 32}
