@@ -147,16 +147,15 @@ def of_rules() -> dict[str, str]:
     found = tables(RULES)
     rows = found['Initialization times, at lr 0.1']
     maps = found['Mean accuracy at each learning rate and initialization']
-    over_l2, over_aws = (
-        found[f'Less {base}, at lr 0.1: points with 95 % intervals over seeds'] for base in (
-            'L2, SGD', 'AWS, decoupled'))
+    over_l2, over_aws, over_lrs = (
+        found[f'Less {base}: points with 95 % intervals over seeds'] for base in (
+            'L2, SGD, at lr 0.1', 'AWS, decoupled, at lr 0.1', 'L2, SGD, mean over the learning rates'))
 
     def means(column: str, rules: Iterable[str]) -> str:
         return span(rows[rule][column].split()[0] for rule in rules)
 
     lengths = ('forced length (EDM2)', 'fixed length (Hyperball)')
     return {
-        'rules_done': RULES.read_text().split(' trainings')[0],
         **{f'{name}_{scale}': rows[rule][column].partition(' (')[0]
            for name, rule in (('one_alpha', 'AWS, coupled'), ('by_layer', 'AWS, coupled, alpha by layer'),
                               ('decoupled', 'AWS, decoupled'), ('req', 'fixed angle (REQ)'),
@@ -165,9 +164,13 @@ def of_rules() -> dict[str, str]:
         'rules_usual': means('1', rows.keys() - {'fixed angle (REQ)'}),
         'rules_far': means('100', [rule for rule in rows if not rule.startswith(('AWS', 'fixed', 'forced'))]),
         'lengths_far': means('100', lengths),
-        **{f'ahead_{name}': table[rule]['mean of the initializations'].lstrip('+') for name, table, rule in (
-            ('decoupled', over_l2, 'AWS, decoupled'), ('req', over_aws, 'fixed angle (REQ)'),
-            ('hyperball', over_aws, 'fixed length (Hyperball)'))},
+        **{name: table[rule]['mean of the initializations'].lstrip('+') for name, table, rule in (
+            ('ahead_decoupled', over_l2, 'AWS, decoupled'), ('ahead_req', over_aws, 'fixed angle (REQ)'),
+            ('ahead_hyperball', over_aws, 'fixed length (Hyperball)'), ('lrs_coupled', over_lrs, 'AWS, coupled'),
+            ('lrs_decoupled', over_lrs, 'AWS, decoupled'), ('lrs_req', over_lrs, 'fixed angle (REQ)'),
+            ('lrs_hyperball', over_lrs, 'fixed length (Hyperball)'))},
+        'fast': str(max(int(re.sub(r'\D', '', text.split()[0])) for row in maps.values()
+                        for column, text in row.items() if column.startswith('lr 1 '))),
         **{f'slow_{name}': maps[rule]['lr 0.01 × 1'] for name, rule in (('l2', 'L2, SGD'), ('aws', 'AWS, coupled'))},
     }
 
