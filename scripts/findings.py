@@ -96,7 +96,7 @@ def of_networks(networks: Table, differences: Table, tuned: Table) -> dict[str, 
     less |= {name: differences[f'{ours} less WS + WD']['points'] for name, ours in (
         ('less_wide', 'WS + AWS'), ('less_narrow', 'WS + AWS, α = 0.075'), ('less_by_layer', 'WS + AWS, α by layer'))}
     return {
-        **less, 'behind': less['less_wide'].lstrip('-'), 'tuned_behind': less['tuned_less'].lstrip('-'),
+        **less, 'behind_wide': less['less_wide'].lstrip('-'), 'behind_fit': less['less_narrow'].lstrip('-'),
         'std': span((row['median std at the start'] for row in networks.values()), 2),
         'best_alpha': str([row['best α'] for row in tuned.values()].count('0.075')), 'networks': str(len(tuned)),
     }
