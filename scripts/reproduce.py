@@ -26,6 +26,7 @@ from provenance import hardware, versions
 from reproduction import images as image_sets
 from reproduction.grid import EXPERIMENTS, PRESETS, SUITES, Cell, Preset, Task, cells_of, task_of
 from reproduction.images import Images
+from reproduction.report import final_accuracy
 from reproduction.training import train_cell
 from tqdm import tqdm
 
@@ -49,13 +50,9 @@ def cell_of(line: dict[str, Any]) -> Cell:
     return Cell(**{field.name: line.get(field.name, field.default) for field in fields(Cell)})
 
 
-def _final(line: dict[str, Any]) -> float:
-    return line['val_accuracy'][-1] if line['first_nonfinite_step'] is None else 0.
-
-
 def pending(experiments: Iterable[str], preset: Preset, lines: dict[Cell, dict[str, Any]]) -> list[Cell]:
     """Lists what is still to be trained, as far as it is known now."""
-    accuracy = {cell: _final(line) for cell, line in lines.items()}
+    accuracy = {cell: final_accuracy(line) for cell, line in lines.items()}
     cells = dict.fromkeys(cell for name in experiments for cell in cells_of(name, preset, accuracy))
     return [cell for cell in cells if cell not in lines]
 
