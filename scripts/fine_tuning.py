@@ -121,7 +121,7 @@ def text(record: dict) -> str:
     return (f'# Fine-tuning on a small data set\n\n    {record["command"]}\n\n{record["model"]}. {record["dataset"]}. '
             f'3 epochs, where nothing else is said. {record["hardware"]}; seeds: {seeds}. '
             f'Each cell of a seed is {CLASSES * VALIDATED} photographs: differences under 5 points are noise.\n\n'
-            f'{table(record["runs"])}')
+            f'{table(record["runs"])}\n')
 
 
 def values() -> dict[str, str]:

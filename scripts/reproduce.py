@@ -24,7 +24,9 @@ import torch
 from outputs import RESULTS, save_figure, write
 from provenance import hardware, versions
 from reproduction import images as image_sets
+from reproduction import lifetime_report, paper_report, precision_report, rules_report
 from reproduction.grid import EXPERIMENTS, PRESETS, SUITES, Cell, Preset, Task, cells_of, task_of
+from reproduction.headline import headline
 from reproduction.images import Images
 from reproduction.report import final_accuracy
 from reproduction.training import train_cell
@@ -124,9 +126,6 @@ def _about(options: argparse.Namespace, images: Images) -> dict[str, Any]:
 
 def report(options: argparse.Namespace) -> None:
     """Writes the tables and draws the figures of a preset."""
-    from reproduction import lifetime_report, paper_report, precision_report, rules_report  # need matplotlib
-    from reproduction.headline import headline
-
     preset = PRESETS[options.preset]
     found = {suite: read_lines(options.out / f'{suite}_{options.preset}.jsonl') for suite in SUITES}
     for suite, reporter in zip(SUITES, (paper_report, lifetime_report, precision_report, rules_report)):
