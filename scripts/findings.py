@@ -20,10 +20,20 @@ from reproduction.report import final_accuracy
 LINES = RESULTS / 'reproduce_cpu.jsonl'
 LIFETIME = RESULTS / 'lifetime_cpu.md'
 RULES = RESULTS / 'rules_cpu.md'
-LIFETIME_ROWS = (
-    'WS, L2, SGD, λ = 0.01', 'WS as published, L2, SGD, λ = 0.01', 'no WS, L2, SGD, λ = 0.01',
-    'WS, AWS, coupled, α = 0.25', 'no WS, AWS, coupled, α = 0.01', 'WS, L2, SGD, λ = 0.001',
-    'WS, AWS, coupled, α = 0.025', 'WS, no decay')
+# Rows of `lifetime` by the names of their numbers, first those of the table in the findings.
+LIFETIME_ROWS = {
+    'l2': 'WS, L2, SGD, λ = 0.01', 'published': 'WS as published, L2, SGD, λ = 0.01',
+    'plain': 'no WS, L2, SGD, λ = 0.01', 'aws': 'WS, AWS, coupled, α = 0.25',
+    'plain_aws': 'no WS, AWS, coupled, α = 0.01', 'l2_weak': 'WS, L2, SGD, λ = 0.001',
+    'aws_weak': 'WS, AWS, coupled, α = 0.025', 'none': 'WS, no decay'}
+LIFETIME_OTHERS = {
+    'req': 'WS, fixed angle (REQ), λ = 0.001',
+    **{f'{name}_far': f'{LIFETIME_ROWS[name]}, from filters 100 times as long'
+       for name in ('l2_weak', 'aws_weak', 'none')},
+    **{f'{name}_rest_{word}': f'{LIFETIME_ROWS[name]}, decay of the rest {decay}'
+       for name, word, decay in (('l2', 'none', 0), ('l2', 'strong', 0.01), ('aws', 'strong', 0.01))},
+    'l2_until': 'WS, L2, SGD, λ = 0.01, no decay after 20 % of the steps',
+    'l2_then_aws': 'WS, L2, SGD, λ = 0.01, AWS, α = 0.25, after 20 % of the steps'}
 Table = dict[str, dict[str, str]]
 
 
@@ -38,9 +48,9 @@ def tables(path: Path) -> dict[str, Table]:
 
 
 def span(numbers: Iterable[float | str], digits: int = 0) -> str:
-    """Returns the lowest and the highest number as text."""
+    """Returns the lowest and the highest number as text, one where they are the same."""
     found = [float(number) for number in numbers]
-    return f'{min(found):.{digits}f} to {max(found):.{digits}f}'
+    return ' to '.join(dict.fromkeys(f'{end(found):.{digits}f}' for end in (min, max)))
 
 
 def of_duration() -> dict[str, str]:
@@ -179,25 +189,26 @@ def of_rules() -> dict[str, str]:
 
 def of_lifetime() -> dict[str, str]:
     """Returns the table and the numbers on fixed decay and AWS over 15,000 steps."""
-    ends, deaths, differences, spreads = tables(LIFETIME).values()
+    ends, deaths, returns, differences, spreads = tables(LIFETIME).values()
     rows = [('rule', 'dead filters', 'filters without a gradient', 'shortest std', 'validation accuracy, %'),
             ('---',) * 5]
     rows += [(rule, deaths[rule]['dead'], deaths[rule]['without gradient'], ends[rule]['shortest std'],
-              ends[rule]['validation accuracy']) for rule in LIFETIME_ROWS if rule in ends]
+              ends[rule]['validation accuracy']) for rule in LIFETIME_ROWS.values()]
     found = {'life_done': LIFETIME.read_text().split(' trainings')[0],
-             'life_req': ends['WS, fixed angle (REQ), λ = 0.001']['validation accuracy'],
-             'life_aws_best': ends[LIFETIME_ROWS[6]]['validation accuracy'],
-             **{f'life_gain_{name}': differences[f'{ours} less {base}']['points'].lstrip('+') for name, ours, base in (
-                 ('ws', LIFETIME_ROWS[3], LIFETIME_ROWS[0]), ('plain', LIFETIME_ROWS[4], LIFETIME_ROWS[2]),
-                 ('req', 'WS, fixed angle (REQ), λ = 0.001', LIFETIME_ROWS[6]))},
              'life_table': '\n' + ''.join(f'| {" | ".join(row)} |\n' for row in rows)}
-    names = ('l2', 'published', 'plain', 'aws', 'plain_aws', 'l2_weak', 'aws_weak', 'none')
-    for name, rule in zip(names, LIFETIME_ROWS):
-        if rule in deaths:
-            found |= {f'life_dead_{name}': deaths[rule]['dead'], f'life_still_{name}': deaths[rule]['without gradient'],
-                      f'life_norms_{name}': deaths[rule]['norm weights below 1e-6'],
-                      f'life_angles_{name}': spreads[rule]['angle of a step, filters with a gradient'],
-                      f'life_rates_{name}': spreads[rule]['lr / length, the same filters']}
+    titles = {**LIFETIME_ROWS, **LIFETIME_OTHERS}
+    for name, rule in titles.items():
+        found |= {f'life_dead_{name}': deaths[rule]['dead'], f'life_still_{name}': deaths[rule]['without gradient'],
+                  f'life_norms_{name}': deaths[rule]['norm weights below 1e-6'],
+                  f'life_acc_{name}': ends[rule]['validation accuracy'].partition(' (')[0],
+                  f'life_train_{name}': ends[rule]['train accuracy, last epoch'],
+                  f'life_angles_{name}': spreads[rule]['angle of a step, filters with a gradient']}
+    for name, ours, base in (('ws', 'aws', 'l2'), ('plain', 'plain_aws', 'plain'), ('req', 'req', 'aws_weak'),
+                             ('far', 'aws_weak_far', 'l2_weak_far')):
+        points = differences[f'{titles[ours]} less {titles[base]}']['points']
+        found[f'life_gain_{name}'] = points.lstrip('+')
+    for name in ('l2_until', 'l2_then_aws'):
+        found[f'life_ended_{name}'] = returns[titles[name]]['dead when it ends']
     return found
 
 

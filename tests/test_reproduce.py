@@ -219,6 +219,16 @@ def test_report_says_that_it_is_of_a_part():
     assert lifetime_report.tables({}, PRESETS['smoke']) == 'No training has been run.\n'
 
 
+def test_what_comes_back_is_told_of_the_end_of_decay_and_of_the_run():
+    preset = PRESETS['cpu']
+    cell = next(cell for cell in cells_of('lifetime', preset, {}) if cell.decay_until == 0.2 and cell.rule == 'l2')
+    line = next(iter(read_lines(SCRIPTS / 'results' / 'lifetime_cpu.jsonl').values()))
+    epochs = range(preset.long.epochs)
+    changed = {'dead': [[epoch, 1] for epoch in epochs], 'still': [[0, 40 - epoch] for epoch in epochs]}
+    assert '| WS, L2, SGD, λ = 0.01, no decay after 20 % of the steps | 5 | 25 | 36 | 16 |' in lifetime_report.tables(
+        {cell: {**line, **changed}}, preset)
+
+
 def test_rules_are_compared_with_decay_seed_by_seed():
     preset = PRESETS['cpu']
     accuracy = {cell: 31. if (cell.rule, cell.strength) in (('l2', 1e-2), ('aws', 0.1)) else 20.

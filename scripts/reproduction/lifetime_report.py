@@ -81,7 +81,9 @@ def tables(lines: Lines, preset: Preset) -> str:
         f'{LIFETIME_OTHER_DECAY:g} if the row names no other. {first["hardware"]}; {versions_of(lines)}.\n'
     )
     rows = list(dict.fromkeys(replace(cell, seed=0) for cell in done))
-    return '\n'.join([about, _ends(lines, rows), _deaths(lines, rows), _differences(lines), _spreads(lines, rows)])
+    return '\n'.join([
+        about, _ends(lines, rows), _deaths(lines, rows), _returns(lines, rows), _differences(lines),
+        _spreads(lines, rows)])
 
 
 def _total(line: dict[str, Any], key: str) -> list[int]:
@@ -149,6 +151,21 @@ def _deaths(lines: Lines, rows: list[Cell]) -> str:
         map(row, (cell for cell in rows if any(line['dead'] for line in seeds_of(lines, cell))))) + (
         '\n"Without gradient": the gradient was exactly 0 in the last 20 steps of an epoch, as where the ReLU behind '
         'the filter is closed for every image. Then nothing but the decay acts on the filter.\n')
+
+
+def _returns(lines: Lines, rows: list[Cell]) -> str:
+    def row(cell: Cell) -> list[str]:
+        found = [line for line in seeds_of(lines, cell) if line['first_nonfinite_step'] is None]
+        epochs = [round(cell.decay_until * len(found[0]['dead'])) - 1, -1] if found else []
+        counts = [_span((_total(line, key)[epoch] for line in found), 'd') for key in ('dead', 'still')
+                  for epoch in epochs]
+        return [_title(cell), *(counts or [''] * 4)]
+
+    return markdown(
+        'What comes back when decay ends', (
+            'rule', 'dead when it ends', 'dead at the end', 'without gradient when it ends',
+            'without gradient at the end'),
+        map(row, (cell for cell in rows if cell.decay_until < 1)))
 
 
 def _differences(lines: Lines) -> str:
