@@ -32,6 +32,9 @@ LIFETIME_OTHERS = {
        for name in ('l2_weak', 'aws_weak', 'none')},
     **{f'{name}_rest_{word}': f'{LIFETIME_ROWS[name]}, decay of the rest {decay}'
        for name, word, decay in (('l2', 'none', 0), ('l2', 'strong', 0.01), ('aws', 'strong', 0.01))},
+    'l2_least': 'WS, L2, SGD, λ = 1e-05', 'l2_less': 'WS, L2, SGD, λ = 0.0001', 'l2_most': 'WS, L2, SGD, λ = 0.1',
+    'aws_least': 'WS, AWS, coupled, α = 0.00025', 'aws_less': 'WS, AWS, coupled, α = 0.0025',
+    'aws_most': 'WS, AWS, coupled, α = 2.5', 'published_most': 'WS as published, L2, SGD, λ = 0.1',
     'l2_until': 'WS, L2, SGD, λ = 0.01, no decay after 20 % of the steps',
     'l2_then_aws': 'WS, L2, SGD, λ = 0.01, AWS, α = 0.25, after 20 % of the steps'}
 Table = dict[str, dict[str, str]]
@@ -207,6 +210,8 @@ def of_lifetime() -> dict[str, str]:
                              ('far', 'aws_weak_far', 'l2_weak_far')):
         points = differences[f'{titles[ours]} less {titles[base]}']['points']
         found[f'life_gain_{name}'] = points.lstrip('+')
+    fitting = ('l2_least', 'l2_less', 'l2_weak', 'aws_least', 'aws_less', 'aws_weak')
+    found['life_fitting'] = span((found[f'life_acc_{name}'].split()[0] for name in fitting), 1)
     for name in ('l2_until', 'l2_then_aws'):
         found[f'life_ended_{name}'] = returns[titles[name]]['dead when it ends']
     return found

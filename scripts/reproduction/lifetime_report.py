@@ -269,13 +269,13 @@ def _spread_map(lines: Lines) -> Figure | None:
     """Draws the spread of the angles against that of lr / length, a point for each training with normalized weights."""
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     panel = figure.subplots()
-    for index, rule in enumerate(RULES):
+    for index, title in enumerate(dict.fromkeys(rule.title for rule in RULES.values())):
         pairs = [(_spread_of(line, 'moving_lr'), _spread_of(line, 'angles')) for cell, line in lines.items()
-                 if cell.rule == rule and cell.normalization != 'none']
+                 if RULES[cell.rule].title == title and cell.normalization != 'none']
         points = [pair for pair in pairs if all(pair)]
         if points:
             color, marker = colormaps['tab20'](index % 20), 'os^vDPX'[index % 7]
-            panel.scatter(*zip(*points), color=color, marker=marker, label=RULES[rule].title)
+            panel.scatter(*zip(*points), color=color, marker=marker, label=title)
     if len(panel.collections) < 2:  # nothing to compare
         return None
     panel.set(xscale='log', yscale='log', xlabel='lr / length, largest over smallest layer',
