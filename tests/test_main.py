@@ -14,6 +14,7 @@ sys.stdout.flush()
 '''
 HELLO = '"""Doc."""' + SCRIPT
 CONSOLE = os.path.join(os.path.dirname(sys.executable), 'timm-aws')
+MODULE = (sys.executable, '-m', 'timm_aws')
 EXPORT = ('export', 'run', 'out', '--dataset', 'noise', '--license', 'mit')
 INTERRUPTED = 'timm-aws: interrupted, run the same command again\n'
 # As it happens where torch imports NumPy: the exception is lost.
@@ -37,9 +38,9 @@ def _heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.fixture(params=[(CONSOLE,), (sys.executable, '-m', 'timm_aws')], ids=['timm-aws', '-m timm_aws'])
+@pytest.fixture(params=[(CONSOLE,), MODULE], ids=['timm-aws', '-m timm_aws'])
 def timm_aws(request):
-    """Both spellings of the command."""
+    """Both spellings of the command. Each start of it imports torch: tests of many cases spread them over the two."""
     return request.param
 
 
@@ -58,8 +59,13 @@ def _both(timm_aws, tmp_path, path, *args):
     return _run(sys.executable, path, *args, cwd=tmp_path), _run(*timm_aws, 'run', path, *args, cwd=tmp_path)
 
 
-@pytest.mark.parametrize('args', [
-    (), ('a', 'b c'), ('--help',), ('-x', '--', '--config=y', 'run'), ('--', '--x', '--')])
+@pytest.mark.parametrize(('timm_aws', 'args'), [
+    ((CONSOLE,), ()),
+    ((CONSOLE,), ('--help',)),
+    ((CONSOLE,), ('--', '--x', '--')),
+    (MODULE, ('a', 'b c')),
+    (MODULE, ('-x', '--', '--config=y', 'run')),
+])
 def test_script_finds_its_own_argv_name_file_and_path(timm_aws, tmp_path, script, args):
     python, ours = _both(timm_aws, tmp_path, script(HELLO), *args)
     assert (ours.stdout, ours.stderr, ours.returncode) == (python.stdout, python.stderr, 0)
@@ -71,13 +77,13 @@ def test_script_may_be_called_run(timm_aws, tmp_path):
     assert _run(*timm_aws, 'run', 'run', '--x', cwd=tmp_path).stdout == "['run', '--x']\n"
 
 
-@pytest.mark.parametrize('text', [
-    'import sys; sys.exit(7)',
-    'import sys; sys.exit("message")',
-    'def f():\n    raise KeyError("inside")\nf()\n',
-    'try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise ValueError("outer") from e\n',
-    'this is no python',
-    'raise KeyboardInterrupt',
+@pytest.mark.parametrize(('timm_aws', 'text'), [
+    ((CONSOLE,), 'import sys; sys.exit(7)'),
+    ((CONSOLE,), 'def f():\n    raise KeyError("inside")\nf()\n'),
+    ((CONSOLE,), 'this is no python'),
+    (MODULE, 'import sys; sys.exit("message")'),
+    (MODULE, 'try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise ValueError("outer") from e\n'),
+    (MODULE, 'raise KeyboardInterrupt'),
 ])
 def test_exit_code_and_traceback_are_those_of_python(timm_aws, tmp_path, script, text):
     python, ours = _both(timm_aws, tmp_path, script(text))

@@ -83,7 +83,8 @@ _LONG = Task(16, every=20, batch_size=32, epochs=25, epoch_steps=600)
 _BRIEF = Task(16, every=20, batch_size=32, epochs=5, epoch_steps=120)
 PRESETS = {
     'smoke': Preset(
-        Task(16, every=0, batch_size=128, epochs=2), Task(16, every=0, batch_size=32, epochs=4, epoch_steps=6),
+        Task(16, every=0, batch_size=32, epochs=2, epoch_steps=4),
+        Task(16, every=0, batch_size=32, epochs=4, epoch_steps=6),
         Task(16, every=0, batch_size=32, epochs=1, epoch_steps=4), thin=6, backbones=('resnet50',), seeds=1,
         scale_seeds=1, fresh_seeds=1, life_seeds=1, life_blocks=1, compared=2),
     'cpu': Preset(
