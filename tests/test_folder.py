@@ -1,6 +1,7 @@
 """The project's own checkpoints: their names in timm, their weights, and what happens without weights."""
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from timm_aws.checkpoint.publish import publish
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = ROOT / 'weights' / 'ws_resnet50.aws_tin200'
-WITHOUT_WEIGHTS = ROOT / 'weights' / 'ws_resnet18.aws_tin200'
 NAMES = ('ws_resnet50_aws', 'ws_resnet50.aws_tin200')
 
 
@@ -121,15 +121,32 @@ def test_timm_knows_every_folder_and_its_card_is_up_to_date(folder):
     assert model_card(folder) == (folder / 'README.md').read_text()
 
 
+def _checkout(root):
+    """Makes a checkout of the package whose weights/ is empty; returns how a process finds it."""
+    (root / 'timm_aws').symlink_to(ROOT / 'timm_aws')
+    (root / 'weights').mkdir()
+    return {'cwd': root, 'env': {'PYTHONPATH': str(root), 'PATH': '/usr/bin', 'HF_HUB_OFFLINE': '1'}}
+
+
+def _copy_without_weights(parent, name=BUNDLED.name):
+    return shutil.copytree(BUNDLED, parent / name, ignore=shutil.ignore_patterns('model.safetensors'))
+
+
 ADD_FOLDERS = '''
 import json, timm, timm_aws
 from timm_aws import ws_resnet
+try:
+    timm.create_model('ws_resnet34.aws_a', pretrained=True)
+except RuntimeError as error:
+    refusal = str(error)
 loaded = {name: timm.create_model(name, pretrained=True).fc.bias[0].item() for name in timm.list_pretrained('*aws*')}
 print(json.dumps({
     'ours': timm_aws.list_models(),
     'of ws_resnet34': timm.list_models('ws_resnet34*', include_tags=True),
     'pretrained': timm.list_models(timm_aws.list_models(), pretrained=True),
     'loaded': loaded,
+    'refusal': refusal,
+    'classes without weights': timm.create_model('ws_resnet34.aws_a').num_classes,
     'default': timm.models.get_pretrained_cfg('ws_resnet34').tag,
     'entry point': ws_resnet.ws_resnet34_aws().pretrained_cfg['tag'],
 }))
@@ -138,7 +155,7 @@ print(json.dumps({
 
 def _add_folder(folder, bias):
     """Makes a checkpoint folder of a ws_resnet34; without weights if the bias of its classifier is None."""
-    shutil.copytree(WITHOUT_WEIGHTS, folder)
+    _copy_without_weights(folder.parent, folder.name)
     config = json.loads((folder / 'config.json').read_text())
     config['pretrained_cfg']['tag'] = folder.name.partition('.')[2]
     (folder / 'config.json').write_text(json.dumps({**config, 'architecture': 'ws_resnet34'}))
@@ -151,58 +168,59 @@ def _add_folder(folder, bias):
 
 def test_adding_a_folder_adds_its_names(tmp_path):
     """As a checkout whose weights/ holds other folders: without weights, with weights, not trained with AWS."""
-    (tmp_path / 'timm_aws').symlink_to(ROOT / 'timm_aws')
+    checkout = _checkout(tmp_path)
     for tag, bias in (('aws_a', None), ('aws_b', 1.0), ('aws_c', 2.0), ('decay', 3.0)):
         _add_folder(tmp_path / 'weights' / f'ws_resnet34.{tag}', bias)
-    output = subprocess.run([sys.executable, '-c', ADD_FOLDERS], capture_output=True, text=True, check=True,
-                            cwd=tmp_path, env={'PYTHONPATH': str(tmp_path), 'HF_HUB_OFFLINE': '1'}).stdout
-    found = json.loads(output)
+    found = json.loads(subprocess.run(
+        [sys.executable, '-c', ADD_FOLDERS], capture_output=True, text=True, check=True, **checkout).stdout)
     assert [name for name in found['ours'] if name.endswith('_aws')] == ['ws_resnet34_aws']
     assert found['of ws_resnet34'] == [*(f'ws_resnet34.{tag}' for tag in (
         'aws_a', 'aws_b', 'aws_c', 'decay', 'untrained')), 'ws_resnet34_aws']
     assert found['pretrained'] == ['ws_resnet34.aws_b', 'ws_resnet34.aws_c', 'ws_resnet34.decay', 'ws_resnet34_aws']
     assert found['loaded'] == {'ws_resnet34.aws_b': 1.0, 'ws_resnet34.aws_c': 2.0, 'ws_resnet34_aws': 1.0}
     assert (found['default'], found['entry point']) == ('untrained', 'aws_b')
+    assert found['classes without weights'] == 200
+    assert re.fullmatch(
+        r'No pretrained weights exist for ws_resnet34\. Use `pretrained=False` for random init\.\n'
+        r'ws_resnet34\.aws_a has been trained, .* set TIMM_AWS_HUB_NAMESPACE .* train it again .*', found['refusal'])
 
 
-@pytest.mark.parametrize('name, advice', [
-    ('ws_resnet101', r"\ntimm.list_pretrained\('\*_aws\*'\) names the networks that have weights\."),
-    ('ws_resnet18_aws', r'\nws_resnet18.aws_tin200 has been trained, .* set TIMM_AWS_HUB_NAMESPACE .* train it again'),
-    ('ws_resnet18.aws_tin200', r'\nws_resnet18.aws_tin200 has been trained'),
-])
-def test_without_weights_timm_says_so_and_we_say_how_to_get_them(name, advice):
-    architecture = name.split('.')[0].removesuffix('_aws')
-    plain = rf'^No pretrained weights exist for {architecture}\. Use `pretrained=False` for random init\.'
-    with pytest.raises(RuntimeError, match=plain + advice):
-        timm.create_model(name, pretrained=True)
-    assert timm.create_model(name).num_classes == (1000 if advice.startswith('\\ntimm') else 200)
+def test_untrained_networks_are_refused_in_timms_words_and_we_name_the_trained_ones():
+    with pytest.raises(RuntimeError, match=(
+            r'^No pretrained weights exist for ws_resnet101\. Use `pretrained=False` for random init\.\n'
+            r"timm.list_pretrained\('\*_aws\*'\) names the networks that have weights\.")):
+        timm.create_model('ws_resnet101', pretrained=True)
+    assert timm.create_model('ws_resnet101').num_classes == 1000
 
 
 def test_checkpoint_without_weights_loads_from_the_namespace_that_is_set(hub, monkeypatch, tmp_path):
-    name = WITHOUT_WEIGHTS.name
-    assert 'hf_hub_id' not in pretrained_cfg(WITHOUT_WEIGHTS)
+    folder = _copy_without_weights(tmp_path)
+    assert 'hf_hub_id' not in pretrained_cfg(folder)
     monkeypatch.setenv(NAMESPACE_VARIABLE, 'alice')
-    cfg = pretrained_cfg(WITHOUT_WEIGHTS)
-    assert cfg['hf_hub_id'] == f'alice/{name}'
+    cfg = pretrained_cfg(folder)
+    assert cfg['hf_hub_id'] == f'alice/{folder.name}'
     assert 'hf_hub_id' not in pretrained_cfg(BUNDLED), 'the bundled file is nearer'
     torch.manual_seed(0)
-    source = timm.create_model('ws_resnet18', num_classes=200)
-    folder = shutil.copytree(WITHOUT_WEIGHTS, tmp_path / name)
+    source = timm.create_model('ws_resnet50', num_classes=200)
     save_file(source.state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'})
     fit_results(folder)
-    publish(folder, f'alice/{name}')
-    loaded = timm.create_model('ws_resnet18', pretrained=True, pretrained_cfg={**cfg, 'architecture': 'ws_resnet18'})
+    publish(folder, f'alice/{folder.name}')
+    loaded = timm.create_model('ws_resnet50', pretrained=True, pretrained_cfg={**cfg, 'architecture': 'ws_resnet50'})
     assert torch.equal(loaded.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
 
 
-def test_names_follow_the_namespace_at_import(hub):
+def test_names_follow_the_namespace_at_import(tmp_path):
+    checkout = _checkout(tmp_path)
+    _copy_without_weights(tmp_path / 'weights')
     code = ('import timm, timm_aws; print(timm.list_pretrained("*aws*"), '
-            'timm.models.get_pretrained_cfg("ws_resnet18_aws").hf_hub_id)')
-    environment = {'TIMM_AWS_HUB_NAMESPACE': 'lab', 'PATH': '/usr/bin'}
-    output = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT,
-                            env=environment).stdout
-    names = [f'{name}{end}' for name in ('ws_resnet18', 'ws_resnet50') for end in ('.aws_tin200', '_aws')]
-    assert output == f'{names} lab/ws_resnet18.aws_tin200\n'
+            'timm.models.get_pretrained_cfg("ws_resnet50_aws").hf_hub_id)')
+    for namespace, expected in (
+            ({}, '[] None\n'),
+            ({NAMESPACE_VARIABLE: 'lab'},
+             "['ws_resnet50.aws_tin200', 'ws_resnet50_aws'] lab/ws_resnet50.aws_tin200\n")):
+        checkout['env'].update(namespace)
+        assert subprocess.run(
+            [sys.executable, '-c', code], capture_output=True, text=True, check=True, **checkout).stdout == expected
 
 
 def test_damaged_weights_are_not_loaded(tmp_path, monkeypatch):
