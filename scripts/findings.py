@@ -36,7 +36,9 @@ LIFETIME_OTHERS = {
     'aws_least': 'WS, AWS, coupled, α = 0.00025', 'aws_less': 'WS, AWS, coupled, α = 0.0025',
     'aws_most': 'WS, AWS, coupled, α = 2.5', 'published_most': 'WS as published, L2, SGD, λ = 0.1',
     'l2_until': 'WS, L2, SGD, λ = 0.01, no decay after 20 % of the steps',
-    'l2_then_aws': 'WS, L2, SGD, λ = 0.01, AWS, α = 0.25, after 20 % of the steps'}
+    'l2_then_aws': 'WS, L2, SGD, λ = 0.01, AWS, α = 0.25, after 20 % of the steps',
+    'wn': 'WN, L2, SGD, λ = 0.01', 'wn_aws': 'WN, AWS, coupled, α = 0.01', 'adam': 'WS, L2, Adam, λ = 0.01',
+    'adamw': 'WS, AdamW, λ = 10', 'aws_adam': 'WS, AWS, Adam, decoupled, α = 250'}
 Table = dict[str, dict[str, str]]
 
 
@@ -197,8 +199,7 @@ def of_lifetime() -> dict[str, str]:
             ('---',) * 5]
     rows += [(rule, deaths[rule]['dead'], deaths[rule]['without gradient'], ends[rule]['shortest std'],
               ends[rule]['validation accuracy']) for rule in LIFETIME_ROWS.values()]
-    found = {'life_done': LIFETIME.read_text().split(' trainings')[0],
-             'life_table': '\n' + ''.join(f'| {" | ".join(row)} |\n' for row in rows)}
+    found = {'life_table': '\n' + ''.join(f'| {" | ".join(row)} |\n' for row in rows)}
     titles = {**LIFETIME_ROWS, **LIFETIME_OTHERS}
     for name, rule in titles.items():
         found |= {f'life_dead_{name}': deaths[rule]['dead'], f'life_still_{name}': deaths[rule]['without gradient'],
@@ -207,7 +208,8 @@ def of_lifetime() -> dict[str, str]:
                   f'life_train_{name}': ends[rule]['train accuracy, last epoch'],
                   f'life_angles_{name}': spreads[rule]['angle of a step, filters with a gradient']}
     for name, ours, base in (('ws', 'aws', 'l2'), ('plain', 'plain_aws', 'plain'), ('req', 'req', 'aws_weak'),
-                             ('far', 'aws_weak_far', 'l2_weak_far')):
+                             ('far', 'aws_weak_far', 'l2_weak_far'), ('wn', 'wn_aws', 'wn'),
+                             ('adam', 'aws_adam', 'adamw')):
         points = differences[f'{titles[ours]} less {titles[base]}']['points']
         found[f'life_gain_{name}'] = points.lstrip('+')
     fitting = ('l2_least', 'l2_less', 'l2_weak', 'aws_least', 'aws_less', 'aws_weak')

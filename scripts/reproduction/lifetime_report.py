@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from outputs import BLACK, BLUE, GREEN, ORANGE, VERMILION, band
 
-from .grid import LIFETIME_OTHER_DECAY, SGD_LR, Cell, Preset, cells_of
+from .grid import ADAM_LR, LIFETIME_OTHER_DECAY, SGD_LR, Cell, Preset, cells_of
 from .report import (
     Lines,
     final_accuracy,
@@ -38,7 +38,8 @@ _PAIRS = (
     (('ws', 'req', 1e-3), ('ws', 'aws', 0.025)), (('ws', 'req', 1e-3), ('ws', 'l2', 1e-3)),
     (('ws', 'hyperball', 0.1), ('ws', 'aws', 0.025)), (('ws', 'aws_decoupled', 0.25), ('ws', 'aws', 0.025)),
     (('ws', 'aws', 0.025, 100.), ('ws', 'l2', 1e-3, 100.)), (('ws', 'aws', 0.025, 100.), ('ws', 'aws', 0.025)),
-    (('ws', 'l2', 1e-3, 100.), ('ws', 'l2', 1e-3)),
+    (('ws', 'l2', 1e-3, 100.), ('ws', 'l2', 1e-3)), (('wn', 'aws', 1e-2), ('wn', 'l2', 1e-2)),
+    (('ws', 'aws_adam', 250.), ('ws', 'adamw', 10.)), (('ws', 'adamw', 10.), ('ws', 'adam', 1e-2)),
 )
 # The curves over time, and their colours.
 _DRAWN = (
@@ -48,7 +49,8 @@ _DRAWN = (
 
 def _cell(normalization: str, rule: str, strength: float, scale: float = 1.) -> Cell:
     """Returns the training of the first seed, with the usual decay of the other parameters."""
-    return Cell('narrow10', normalization, rule, SGD_LR, strength, scale, other_decay=LIFETIME_OTHER_DECAY)
+    lr = ADAM_LR if 'adam' in rule else SGD_LR
+    return Cell('narrow10', normalization, rule, lr, strength, scale, other_decay=LIFETIME_OTHER_DECAY)
 
 
 def _title(cell: Cell) -> str:
