@@ -10,8 +10,8 @@ from pathlib import Path
 from outputs import ROOT, fill_in
 
 HEAD = """\
-| checkpoint | million parameters | image size | trained and validated on | top-1 | top-5 | hours | hardware | weights |
-|---|---|---|---|---|---|---|---|---|
+| checkpoint | million parameters | trained and validated on | top-1 | top-5 | weights |
+|---|---|---|---|---|---|
 """
 
 
@@ -19,12 +19,10 @@ def row(folder: Path) -> str:
     """Returns the line of one checkpoint."""
     config, results = (json.loads((folder / name).read_text()) for name in ('config.json', 'results.json'))
     metrics = results['metrics']
-    hours = sum(stage['hours'] for stage in results['training'])
     return (
         f'| [`{results["name"]}`](weights/{results["name"]}) | {results["weights"]["parameters"] / 1e6:.1f} '
-        f'| {config["pretrained_cfg"]["input_size"][-1]} px | {results["dataset"]} '
-        f'| {metrics["top1"]:.2f} % | {metrics["top5"]:.2f} % | {hours:.1f} | {results["hardware"]} '
-        f'| {results["weights"]["bytes"] / 2**20:.0f} MiB |\n'
+        f'| {results["dataset"]}, {config["pretrained_cfg"]["input_size"][-1]} px '
+        f'| {metrics["top1"]:.2f} % | {metrics["top5"]:.2f} % | {results["weights"]["bytes"] / 2**20:.0f} MiB |\n'
     )
 
 

@@ -22,7 +22,7 @@ from timm_aws.checkpoint.publish import publish
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = ROOT / 'weights' / 'ws_resnet50.aws_tin200'
-NAMES = ('ws_resnet50_aws', 'ws_resnet50.aws_tin200')
+NAMES = ['ws_resnet18.aws_tin200', 'ws_resnet18_aws', 'ws_resnet50.aws_tin200', 'ws_resnet50_aws']
 
 
 @pytest.fixture(scope='module')
@@ -33,13 +33,14 @@ def model():
 @pytest.mark.parametrize('name', NAMES)
 def test_both_names_load_the_weights_of_the_folder(name):
     loaded = timm.create_model(name, pretrained=True).state_dict()
-    stored = load_file(BUNDLED / 'model.safetensors')
+    stored = load_file(ROOT / 'weights' / f'{name[:11]}.aws_tin200' / 'model.safetensors')
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[key], stored[key].to(loaded[key].dtype)) for key in stored)
 
 
-def test_bundled_folder_is_whole():
-    check_folder(BUNDLED)
+@pytest.mark.parametrize('folder', sorted((ROOT / 'weights').iterdir()), ids=lambda folder: folder.name)
+def test_bundled_folder_is_whole(folder):
+    check_folder(folder)
 
 
 def test_it_has_two_hundred_classes_with_names_and_takes_64_pixels(model):
@@ -108,8 +109,8 @@ def test_checkpoint_path_and_overlay(model, tmp_path):
 
 
 def test_list_of_pretrained_models_tells_the_truth():
-    assert timm.list_pretrained('*aws*') == ['ws_resnet50.aws_tin200', 'ws_resnet50_aws']
-    assert timm.list_pretrained('ws_resnet50*') == ['ws_resnet50.aws_tin200', 'ws_resnet50_aws']
+    assert timm.list_pretrained('*aws*') == NAMES
+    assert timm.list_pretrained('ws_resnet50*') == NAMES[2:]
     assert timm.list_models('*_aws') == ['ws_resnet18_aws', 'ws_resnet50_aws']
     for name in timm.list_models(timm_aws.list_models(), pretrained=True):
         assert Path(get_pretrained_cfg(name).file).is_file()
@@ -250,6 +251,7 @@ def test_wheel_brings_the_weights_and_loads_them_offline(tmp_path):
     environment = {'PYTHONPATH': str(site), 'HF_HUB_OFFLINE': '1', 'HOME': str(tmp_path)}
     output = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path,
                             env=environment).stdout.split()
+    assert wheel.stat().st_size < 90 * 2**20, 'PyPI takes no more than 100 MB'
     path = site / 'timm_aws' / 'weights' / BUNDLED.name / 'model.safetensors'
     assert output == [str(site / 'timm_aws' / '__init__.py'), '200', str(path)]
     assert (site / 'timm_aws_cli.py').is_file()
