@@ -1,6 +1,6 @@
 """Runs a script, such as timm's train.py, with a faster weight gradient where feature maps are small.
 
-    python scripts/small_maps.py train.py --config scripts/recipes/tin200_resnet18.yaml --data-dir tiny-imagenet
+    python scripts/small_maps.py train.py --config scripts/recipes/tin200_ws_resnet18.yaml --data-dir tiny-imagenet
 
 On a CPU without AVX-512, oneDNN makes the weight gradient of a convolution of one matrix product an image. On maps of
 few pixels each of them is a thin one that rewrites the whole gradient: for ws_resnet18 on images of 32 px that takes

@@ -156,6 +156,8 @@ def _results(results: dict[str, Any]) -> str:
     precision = '' if full is None else (
         f'\nThe filters are stored in half precision. In full precision top-1 is {full["top1"]:.2f} %.\n')
     images = f'{metrics["images"]:,} ' if 'images' in metrics else ''
+    others = results.get('comparison')  # scripts/comparison.py adds it
+    comparison = f'\n{_filled(others["about"])}\n\n{others["table"]}\n' if others else ''
     return f'''## Results
 
 On the {images}validation images of {_escaped(results["dataset"])}, measured on these files by \
@@ -165,7 +167,7 @@ On the {images}validation images of {_escaped(results["dataset"])}, measured on 
 |---|---|---|---|---|
 | {metrics["top1"]:.2f} % | {metrics["top5"]:.2f} % | {metrics["img_size"]} px | {metrics["crop_pct"]} | \
 {metrics["interpolation"]} |
-{precision}'''
+{precision}{comparison}'''
 
 
 def _training(args: dict[str, Any], results: dict[str, Any], folder: Path) -> str:
