@@ -185,8 +185,8 @@ def text(record: dict) -> str:
 
     {record['command']}
 
-{record['dataset']}: {IMAGES['train']:,} images to train on, {IMAGES['validation']:,} to validate on, at 64 px. Recipe:
-[tin200_ws_resnet18.yaml](../recipes/tin200_ws_resnet18.yaml), seed {record['seed']}. {record['hardware']};
+{record['dataset']}: {record['images']['train']:,} images to train on, {record['images']['validation']:,} to validate
+on. Recipe: [tin200_ws_resnet18.yaml](../recipes/tin200_ws_resnet18.yaml), seed {record['seed']}. {record['hardware']};
 timm {record['versions']['timm']}, torch {record['versions']['torch']}.
 
 {table(record)}
@@ -218,7 +218,7 @@ def report() -> None:
     fill_in(values())
     results = json.loads((FOLDER / 'results.json').read_text())
     results['comparison'] = {
-        'about': f'The same recipe with other rules, each with the best of four strengths, one seed each: differences '
+        'about': f'Networks and rules on one recipe, each with the best of four strengths, one seed each: differences '
                  f'under {noise(record):.1f} points are within chance.',
         'table': table(record)}
     write(FOLDER / 'results.json', json.dumps(results, indent=2) + '\n')
