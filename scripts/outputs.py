@@ -1,8 +1,8 @@
 """What the scripts write: the folder of results, whole files, numbers and tables inside a README, and figures.
 
 A README marks what a script fills in: `<!--NAME-->` before it, `<!--/-->` after it. NAME is a key of the `values()` of
-zoo_table.py, bench_report.py, tested_table.py, findings.py or fine_tuning.py. tests/test_readme.py fails where a README
-holds another value than its script gives.
+zoo_table.py, comparison.py, bench_report.py, tested_table.py, findings.py or fine_tuning.py. tests/test_readme.py fails
+where a README holds another value than its script gives.
 """
 import os
 import re

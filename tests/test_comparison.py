@@ -54,7 +54,7 @@ def measured(monkeypatch, tmp_path):
 def test_a_row_starts_each_stage_from_the_one_before(measured, tmp_path):
     train_py = TrainPy(worse=['0.0125', '0.3125'])
     measured(train_py)
-    assert len(train_py.commands) == (4 + len(STAGES)) * len(ROWS)
+    assert len(train_py.commands) == (4 + 1 + len(STAGES)) * len(ROWS)  # the second best has one stage
     out = tmp_path / 'out'
     assert train_py.commands[0][2:] == [
         'train.py', '--config', str(comparison.RECIPE), '--data-dir', 'DATA', '--model', 'ws_resnet18',
@@ -73,6 +73,7 @@ def test_the_best_strength_of_a_row_is_trained(measured):
         'ws_resnet18_aws': 0.0625, 'ws_resnet18_sgd': 0.0025, 'resnet18_sgd': 0.0025}
     assert record['rows']['ws_resnet18_aws']['tuning'] == {
         '0.0025': 2.5, '0.0125': 0, '0.0625': 62.5, '0.3125': 0}
+    assert record['rows']['ws_resnet18_aws']['first_stage'] == {'0.0625': 62.5, '0.0025': 2.5}
     assert [stage['top1'] for stage in record['rows']['ws_resnet18_aws']['stages']] == [[62.5] * 8, [62.5] * 3, [62.5]]
     assert [stage['hours'] for stage in record['rows']['resnet18_sgd']['stages']] == [1.5] * 3
 

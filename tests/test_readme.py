@@ -2,6 +2,7 @@
 import re
 
 import bench_report
+import comparison
 import findings
 import fine_tuning
 import pytest
@@ -113,14 +114,15 @@ def test_links_lead_to_files(path):
 @pytest.mark.parametrize('path', READMES, ids=('top', 'results'))
 def test_marked_numbers_and_tables_are_what_the_scripts_give(path):
     values = {}
-    for script in (zoo_table, bench_report, tested_table, findings, fine_tuning):
+    for script in (zoo_table, comparison, bench_report, tested_table, findings, fine_tuning):
         assert values.keys().isdisjoint(script.values())
         values |= script.values()
     text = path.read_text()
     assert set(re.findall(r'<!--(\w+)-->', text)) <= values.keys()
     assert filled_in(text, values) == text
     # A comment that starts a line of text ends the paragraph on GitHub; a table has lines of its own for its marks.
-    assert set(re.findall(r'^ {0,3}<!--.*', text, re.MULTILINE)) <= {'<!--zoo-->', '<!--life_table-->', '<!--/-->'}
+    of_tables = {'<!--zoo-->', '<!--comparison-->', '<!--life_table-->', '<!--/-->'}
+    assert set(re.findall(r'^ {0,3}<!--.*', text, re.MULTILINE)) <= of_tables
 
 
 @pytest.mark.parametrize('script, name', [(bench_report, 'COSTS.md'), (tested_table, 'TESTS.md')])
