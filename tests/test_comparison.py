@@ -13,10 +13,11 @@ from comparison import ROWS, STAGES
 class TrainPy:
     """Does as timm's train.py: epochs that are left, a line of the summary for each; keeps the commands.
 
-    The accuracy of a run is 1,000 times its strength, but for those in `worse`, which get 0.
+    The accuracy of a run is 1,000 times its strength, but for those in `worse`, which get 0, and those in `fading`,
+    which get 0 where they train for more than an epoch.
     """
-    def __init__(self, worse=()):
-        self.commands, self.worse = [], worse
+    def __init__(self, worse=(), fading=()):
+        self.commands, self.worse, self.fading = [], worse, fading
 
     def __call__(self, command, check):
         assert check
@@ -28,7 +29,8 @@ class TrainPy:
         done = len(comparison.top1(folder))
         strength = next(command[at + 1].removeprefix('alpha=') for at, word in reversed(list(enumerate(command)))
                         if word in ('--weight-decay', '--opt-kwargs'))
-        accuracy = 0. if strength in self.worse else 1000 * float(strength)
+        fails = strength in self.worse or (strength in self.fading and int(given['epochs']) > 1)
+        accuracy = 0. if fails else 1000 * float(strength)
         with (folder / 'summary.csv').open('a') as summary:
             summary.write('epoch,eval_top1\n')  # train.py writes it anew after --resume
             for epoch in range(done, int(given['epochs'])):
@@ -76,6 +78,20 @@ def test_the_best_strength_of_a_row_is_trained(measured):
     assert record['rows']['ws_resnet18_aws']['first_stage'] == {'0.0625': 62.5, '0.0025': 2.5}
     assert [stage['top1'] for stage in record['rows']['ws_resnet18_aws']['stages']] == [[62.5] * 8, [62.5] * 3, [62.5]]
     assert [stage['hours'] for stage in record['rows']['resnet18_sgd']['stages']] == [1.5] * 3
+
+
+def test_of_the_best_two_of_an_epoch_the_first_stage_chooses(measured):
+    row = measured(TrainPy(fading=['0.3125']))['rows']['ws_resnet18_aws']
+    assert max(row['tuning'], key=row['tuning'].get) == '0.3125'
+    assert row['first_stage'] == {'0.3125': 0., '0.0625': 62.5}
+    assert row['strength'] == 0.0625
+    assert [stage['top1'][-1] for stage in row['stages']] == [62.5] * len(STAGES)
+
+
+def test_the_report_names_what_each_strength_reached(measured):
+    text = comparison.text(measured(TrainPy(fading=['0.3125'])))
+    assert '| 2.5 (α = 0.0025) | 12.5 (α = 0.0125) | 62.5 (α = 0.0625) | 312.5 (α = 0.3125) |' in text
+    assert '| ws_resnet18, aws_sgd | 62.5 (α = 0.0625) | 0.0 (α = 0.3125) |' in text
 
 
 def test_what_is_there_is_not_run_again_and_the_rest_is_resumed(measured, tmp_path):
