@@ -10,6 +10,6 @@ fi
 ruff check .
 mypy
 export OMP_NUM_THREADS=1  # of each of two processes: more would wait for each other
-# The slow cases of a file stand together: dealt one by one, both processes get their share.
-python -m pytest -q -n 2 --maxschedchunk 1 --junitxml build/tests.xml
+python -m pytest -q -n 2 --junitxml build/tests.xml
+# The slow cases of timm's test_optim.py stand together: dealt one by one, both processes get their share.
 python scripts/timm_conformance.py -n 2 --maxschedchunk 1 --junitxml "$PWD/build/timm.xml"

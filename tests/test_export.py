@@ -267,8 +267,7 @@ def test_signals_leave_no_hidden_folder(train_run, tmp_path, monkeypatch, signum
     run = train_run()
     monkeypatch.setattr('timm_aws.checkpoint.export.model_card', lambda folder: signal.raise_signal(signum) or '')
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP)}
-    if ignored:
-        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signum, signal.SIG_IGN if ignored else signal.SIG_DFL)  # under nohup SIGHUP is ignored
     try:
         with contextlib.nullcontext() if ignored else pytest.raises(SystemExit, match=str(128 + signum)):
             main(['export', str(run), str(tmp_path / NAME), '--dataset', 'noise', '--license', 'mit'])
