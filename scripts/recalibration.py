@@ -9,7 +9,7 @@ comparison, the plain network is trained for 78 steps more. A checkpoint of a st
 turned into a plain one, its filters have mean 0, and conversion changes nothing.
 
 Writes one line of JSON for each seed to scripts/results/recalibration.jsonl, and runs what is not in the file yet. A
-seed takes about two minutes on one CPU thread.
+seed takes a few minutes on a CPU.
 """
 import argparse
 import copy
