@@ -3,10 +3,11 @@
     python scripts/comparison.py --train train.py --data-dir DATA --output OUT
 
 Runs timm's own train.py with scripts/recipes/tin200_ws_resnet18.yaml. DATA is the folder that prepare_tiny_imagenet.py
-made. The four strengths of a row train for one epoch at 32 px. An epoch favours strong decay, which acts within
-1 / (lr * strength) steps: so the best two train for the first stage of the recipe, eight epochs at 32 px, and the
-better of these to its end. What is in OUT already is not run again, and a training that was stopped goes on from its
-last epoch. A first stage takes an hour on two cores, the whole recipe two.
+made. The four strengths of a row train for one epoch at 32 px. An epoch is too short for weak decay, which needs about
+1 / (lr * strength) steps to act: so the best one and the next weaker one train for the first stage of the recipe, eight
+epochs at 32 px, and one epoch more in which the learning rate falls to 0. The better of these trains to the end of the
+recipe. What is in OUT already is not run again, and a training that was stopped goes on from its last epoch. A first
+stage takes an hour on two cores, the whole recipe two.
 
 Writes scripts/results/comparison.json, and from it comparison.md, the README's table and the one in the card of
 ws_resnet18.aws_tin200; with `--report` only these.
@@ -62,6 +63,7 @@ ROWS = {
 }
 TUNING = Stage(32, 1, 0.1, 0.)
 STAGES = (Stage(32, 8, 0.1, 0.05), Stage(48, 3, 0.05, 0.0125), Stage(64, 1, 0.0125, 0.))
+FALL = Stage(32, 1, 0.05, 0.)  # after the first stage, in place of the others
 
 
 def options_of(row: Row, strength: float) -> list[str]:
@@ -119,19 +121,28 @@ def train_stages(command: list[str], output: Path, name: str, strength: str, cou
             for folder, stage, start in zip(folders, STAGES, starts)]
 
 
-def best(accuracies: dict[str, float], count: int) -> list[str]:
-    """Returns the strengths of highest accuracy, the highest first."""
-    return sorted(accuracies, key=accuracies.__getitem__, reverse=True)[:count]
+def candidates(tuned: dict[str, float]) -> list[str]:
+    """Returns the best strength of the epoch of tuning and the next weaker one, the weaker first."""
+    strengths = list(tuned)  # the weakest first
+    best = strengths.index(max(tuned, key=tuned.__getitem__))
+    return strengths[max(0, best - 1):best + 1]
+
+
+def train_short(command: list[str], output: Path, name: str, strength: str) -> float:
+    """Returns the accuracy after the first stage and the epoch of fall."""
+    train_stages(command, output, name, strength, 1)
+    folder = output / f'{name}_{strength}'
+    command = [*command, *options_of(ROWS[name], float(strength))]
+    return train(command, folder / 'fall', FALL, folder / 'stage1' / 'last.pth.tar')['top1'][-1]
 
 
 def train_row(command: list[str], output: Path, name: str) -> dict:
-    """Returns what the strengths reached after an epoch and after the first stage, and the stages of the best."""
+    """Returns what the strengths reached after an epoch and after nine, and the stages of the best."""
     tuned = tune(command, output / 'tuning', name)
-    first = {
-        strength: train_stages(command, output, name, strength, 1)[0]['top1'][-1] for strength in best(tuned, 2)}
-    strength, = best(first, 1)
+    short = {strength: train_short(command, output, name, strength) for strength in candidates(tuned)}
+    strength = max(short, key=short.__getitem__)
     stages = train_stages(command, output, name, strength, len(STAGES))
-    return {'tuning': tuned, 'first_stage': first, 'strength': float(strength), 'stages': stages}
+    return {'tuning': tuned, 'short': short, 'strength': float(strength), 'stages': stages}
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -141,7 +152,8 @@ def measure(options: argparse.Namespace) -> None:
     record: dict = {
         'command': 'python scripts/comparison.py --train train.py --data-dir DATA --output OUT',
         'dataset': 'Tiny-ImageNet-200', 'images': IMAGES, 'seed': yaml.safe_load(RECIPE.read_text())['seed'],
-        'versions': versions(), 'hardware': hardware('cpu'), 'tuning': TUNING._asdict(), 'rows': {},
+        'versions': versions(), 'hardware': hardware('cpu'), 'tuning': TUNING._asdict(), 'fall': FALL._asdict(),
+        'rows': {},
     }
     for name in ROWS:
         record['rows'][name] = train_row(command, options.output, name)
@@ -217,9 +229,10 @@ Each after one epoch at {TUNING.img_size} px, with a learning rate that falls fr
 
 {strengths(record, 'tuning', 'weakest | weak | strong | strongest')}
 
-The best two of them after the {STAGES[0].epochs} epochs at {STAGES[0].img_size} px. The better one is the row above.
+The best of them and the next weaker one after the {STAGES[0].epochs} epochs at {STAGES[0].img_size} px and one more, in
+which the learning rate falls from {FALL.lr:g} to {FALL.min_lr:g}. The better one is the row above.
 
-{strengths(record, 'first_stage', 'weaker | stronger')}
+{strengths(record, 'short', 'weaker | stronger')}
 
 λ decays all weights but biases and those of norms. α shrinks the convolutions, and λ =
 {yaml.safe_load(RECIPE.read_text())['weight_decay']:g} decays the classifier.

@@ -14,7 +14,7 @@ class TrainPy:
     """Does as timm's train.py: epochs that are left, a line of the summary for each; keeps the commands.
 
     The accuracy of a run is 1,000 times its strength, but for those in `worse`, which get 0, and those in `fading`,
-    which get 0 where they train for more than an epoch.
+    which get 0 after the epoch of tuning.
     """
     def __init__(self, worse=(), fading=()):
         self.commands, self.worse, self.fading = [], worse, fading
@@ -29,7 +29,7 @@ class TrainPy:
         done = len(comparison.top1(folder))
         strength = next(command[at + 1].removeprefix('alpha=') for at, word in reversed(list(enumerate(command)))
                         if word in ('--weight-decay', '--opt-kwargs'))
-        fails = strength in self.worse or (strength in self.fading and int(given['epochs']) > 1)
+        fails = strength in self.worse or (strength in self.fading and folder.parent.name != 'tuning')
         accuracy = 0. if fails else 1000 * float(strength)
         with (folder / 'summary.csv').open('a') as summary:
             summary.write('epoch,eval_top1\n')  # train.py writes it anew after --resume
@@ -56,7 +56,7 @@ def measured(monkeypatch, tmp_path):
 def test_a_row_starts_each_stage_from_the_one_before(measured, tmp_path):
     train_py = TrainPy(worse=['0.0125', '0.3125'])
     measured(train_py)
-    assert len(train_py.commands) == (4 + 1 + len(STAGES)) * len(ROWS)  # the second best has one stage
+    assert len(train_py.commands) == (4 + 2 * 2 + len(STAGES) - 1) * len(ROWS)
     out = tmp_path / 'out'
     assert train_py.commands[0][2:] == [
         'train.py', '--config', str(comparison.RECIPE), '--data-dir', 'DATA', '--model', 'ws_resnet18',
@@ -75,17 +75,32 @@ def test_the_best_strength_of_a_row_is_trained(measured):
         'ws_resnet18_aws': 0.0625, 'ws_resnet18_sgd': 0.0025, 'resnet18_sgd': 0.0025}
     assert record['rows']['ws_resnet18_aws']['tuning'] == {
         '0.0025': 2.5, '0.0125': 0, '0.0625': 62.5, '0.3125': 0}
-    assert record['rows']['ws_resnet18_aws']['first_stage'] == {'0.0625': 62.5, '0.0025': 2.5}
+    assert record['rows']['ws_resnet18_aws']['short'] == {'0.0125': 0., '0.0625': 62.5}
     assert [stage['top1'] for stage in record['rows']['ws_resnet18_aws']['stages']] == [[62.5] * 8, [62.5] * 3, [62.5]]
     assert [stage['hours'] for stage in record['rows']['resnet18_sgd']['stages']] == [1.5] * 3
 
 
-def test_of_the_best_two_of_an_epoch_the_first_stage_chooses(measured):
+def test_the_best_of_an_epoch_gives_way_to_a_weaker_one_that_is_better_after_nine(measured):
     row = measured(TrainPy(fading=['0.3125']))['rows']['ws_resnet18_aws']
     assert max(row['tuning'], key=row['tuning'].get) == '0.3125'
-    assert row['first_stage'] == {'0.3125': 0., '0.0625': 62.5}
+    assert row['short'] == {'0.0625': 62.5, '0.3125': 0.}
     assert row['strength'] == 0.0625
     assert [stage['top1'][-1] for stage in row['stages']] == [62.5] * len(STAGES)
+
+
+def test_the_weakest_strength_has_no_other_beside_it(measured):
+    rows = measured(TrainPy(worse=['0.0005', '0.0025', '0.0125', '0.0625', '0.3125']))['rows']
+    assert rows['resnet18_sgd']['short'] == {'0.0001': 0.1}
+
+
+def test_the_fall_starts_from_the_first_stage(measured, tmp_path):
+    train_py = TrainPy(fading=['0.3125'])
+    measured(train_py)
+    row = tmp_path / 'out' / 'ws_resnet18_aws_0.3125'
+    falls = [command for command in train_py.commands if 'fall' in command]
+    assert falls[1][-8:] == [
+        str(row), '--experiment', 'fall', '--img-size=32', '--epochs=1', '--lr=0.05', '--min-lr=0',
+        f'--initial-checkpoint={row / "stage1" / "last.pth.tar"}']
 
 
 def test_the_report_names_what_each_strength_reached(measured):
