@@ -7,7 +7,7 @@ made. The four strengths of a row train for one epoch at 32 px. An epoch is too 
 1 / (lr * strength) steps to act: so the best one and the next weaker one train for the first stage of the recipe, eight
 epochs at 32 px, and one epoch more in which the learning rate falls to 0. The better of these trains to the end of the
 recipe. What is in OUT already is not run again, and a training that was stopped goes on from its last epoch. A first
-stage takes an hour on two cores, the whole recipe two.
+stage takes an hour on two cores, the whole recipe two; with OMP_NUM_THREADS=1 half as much again.
 
 Writes scripts/results/comparison.json, and from it comparison.md, the README's table and the one in the card of
 ws_resnet18.aws_tin200; with `--report` only these.
@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import yaml
 from outputs import RESULTS, ROOT, fill_in, write
 from provenance import hardware, versions
@@ -152,8 +153,8 @@ def measure(options: argparse.Namespace) -> None:
     record: dict = {
         'command': 'python scripts/comparison.py --train train.py --data-dir DATA --output OUT',
         'dataset': 'Tiny-ImageNet-200', 'images': IMAGES, 'seed': yaml.safe_load(RECIPE.read_text())['seed'],
-        'versions': versions(), 'hardware': hardware('cpu'), 'tuning': TUNING._asdict(), 'fall': FALL._asdict(),
-        'rows': {},
+        'versions': versions(), 'hardware': hardware('cpu'), 'threads': torch.get_num_threads(),
+        'tuning': TUNING._asdict(), 'fall': FALL._asdict(), 'rows': {},
     }
     for name in ROWS:
         record['rows'][name] = train_row(command, options.output, name)
@@ -212,7 +213,8 @@ def text(record: dict) -> str:
     {record['command']}
 
 {record['dataset']}: {record['images']['train']:,} images to train on, {record['images']['validation']:,} to validate
-on. Recipe: [tin200_ws_resnet18.yaml](../recipes/tin200_ws_resnet18.yaml), seed {record['seed']}. {record['hardware']};
+on. Recipe: [tin200_ws_resnet18.yaml](../recipes/tin200_ws_resnet18.yaml), seed {record['seed']}.
+{record['hardware']}, threads: {record['threads']};
 timm {record['versions']['timm']}, torch {record['versions']['torch']}.
 
 {table(record)}
