@@ -128,12 +128,9 @@ def text() -> str:
 def values() -> dict[str, str]:
     """Returns the numbers that the README marks a place for."""
     training = [row['ratio'] for row in trainings().values()]
-    unfolded, folded = ([row['ratio'] for name, row in inferences().items() if kind in name and 'batch 1,' in name]
-                        for kind in ('as trained', 'standardization folded'))
     return {
         'step': f'{steps()["AwsSGD, fused"]["ratio"]:.2f}',
         'training': f'{min(training):.2f} to {max(training):.2f}',
-        'unfolded': f'{max(unfolded):.2f}', 'folded': f'{max(folded):.2f}',
     }
 
 
