@@ -3,9 +3,11 @@
     OMP_NUM_THREADS=1 python scripts/comparison.py --train train.py --data-dir DATA --output OUT
 
 Runs timm's own train.py with scripts/recipes/tin200_ws_resnet18.yaml, the three rows side by side: on two cores that is
-faster than one after the other with all threads. DATA is the folder that prepare_tiny_imagenet.py made. The three
-strengths of a row train for three epochs at 32 px, and the best of them trains to the end of the recipe. What is in OUT
-already is not run again, and a training that was stopped goes on from its last epoch.
+faster than one after the other with all threads. DATA is the folder that prepare_tiny_imagenet.py made. Each of the
+three strengths of a row trains for three epochs at 32 px. At each of these levels the filters of every row shrink alike
+at first, and within a row the levels differ by little more than chance. So the level that is best on average over the
+rows trains to the end of the recipe, in all of them. What is in OUT already is not run again, and a training that was
+stopped goes on from its last epoch.
 
 Writes scripts/results/comparison.json, and from it comparison.md, the README's table and the one in the card of
 ws_resnet18.aws_tin200; with `--report` only these.
@@ -17,6 +19,7 @@ import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -52,11 +55,12 @@ class Stage(NamedTuple):
 
 
 DECAYS = (1e-4, 5e-4, 2.5e-3)
+ALPHAS = (2.5e-3, 1.25e-2, 6.25e-2)  # a decay / 0.04, which is about the mean std of the filters at the start
 # timm's 'sgd' has Nesterov momentum, which aws_sgd has not; its 'momentum' is SGD without. An empty --opt-kwargs takes
 # the recipe's alpha away.
 DECAY = ('--opt', 'momentum', '--opt-kwargs', '--weight-decay')
 ROWS = {
-    'ws_resnet18_aws': Row('ws_resnet18', 'aws_sgd', 'α', (2.5e-3, 1.25e-2, 6.25e-2), ('--opt-kwargs',)),
+    'ws_resnet18_aws': Row('ws_resnet18', 'aws_sgd', 'α', ALPHAS, ('--opt-kwargs',)),
     'ws_resnet18_sgd': Row('ws_resnet18', 'SGD with weight decay', 'λ', DECAYS, DECAY),
     'resnet18_sgd': Row('resnet18', 'SGD with weight decay', 'λ', DECAYS, DECAY),
 }
@@ -119,22 +123,26 @@ def train_stages(command: list[str], output: Path, name: str, strength: str) -> 
             for folder, stage, start in zip(folders, STAGES, starts)]
 
 
-def train_row(command: list[str], output: Path, name: str) -> dict:
-    """Returns what each strength reached in the epochs of tuning, and the stages of the best."""
-    tuned = tune(command, output / 'tuning', name)
-    strength = max(tuned, key=tuned.__getitem__)
-    return {'tuning': tuned, 'strength': float(strength), 'stages': train_stages(command, output, name, strength)}
+def best_level(tuned: dict[str, dict[str, float]]) -> int:
+    """Returns which of the strengths, by its place in each row, is best on average over the rows."""
+    means = [statistics.mean(accuracies) for accuracies in zip(*(found.values() for found in tuned.values()))]
+    return means.index(max(means))
 
 
 def measure(options: argparse.Namespace) -> None:
     """Trains what is not in the output folder yet, and writes comparison.json."""
     command = [sys.executable, str(options.train), '--config', str(RECIPE), '--data-dir', str(options.data_dir)]
     with ThreadPoolExecutor(len(ROWS)) as pool:
-        rows = list(pool.map(partial(train_row, command, options.output), ROWS))
+        tuned = dict(zip(ROWS, pool.map(partial(tune, command, options.output / 'tuning'), ROWS)))
+        level = best_level(tuned)
+        chosen = {name: list(found)[level] for name, found in tuned.items()}
+        stages = pool.map(partial(train_stages, command, options.output), chosen, chosen.values())
+        rows = {name: {'tuning': tuned[name], 'strength': float(chosen[name]), 'stages': found}
+                for name, found in zip(ROWS, stages)}
     record = {
         'command': 'OMP_NUM_THREADS=1 python scripts/comparison.py --train train.py --data-dir DATA --output OUT',
         'dataset': 'Tiny-ImageNet-200', 'images': IMAGES, 'seed': yaml.safe_load(RECIPE.read_text())['seed'],
-        'versions': versions(), 'hardware': hardware('cpu'), 'tuning': TUNING._asdict(), 'rows': dict(zip(ROWS, rows)),
+        'versions': versions(), 'hardware': hardware('cpu'), 'tuning': TUNING._asdict(), 'rows': rows,
     }
     write(RESULT, json.dumps(record, indent=1) + '\n')
 
@@ -144,10 +152,10 @@ def final(record: dict) -> dict[str, float]:
     return {name: row['stages'][-1]['top1'][-1] for name, row in record['rows'].items()}
 
 
-def noise(record: dict) -> float:
-    """Returns how many points two rows must be apart to differ by more than chance (95 %) on the images held out."""
-    share = statistics.mean(final(record).values()) / 100
-    return 1.96 * 100 * math.sqrt(2 * share * (1 - share) / record['images']['validation'])
+def chance(accuracies: Iterable[float], images: int) -> float:
+    """Returns how many points two accuracies must be apart to differ by more than chance (95 %) on so many images."""
+    share = statistics.mean(accuracies) / 100
+    return 1.96 * 100 * math.sqrt(2 * share * (1 - share) / images)
 
 
 def table(record: dict) -> str:
@@ -184,6 +192,8 @@ def strengths(record: dict) -> str:
 
 def text(record: dict) -> str:
     """Returns the whole of comparison.md."""
+    held_out = record['images']['validation']
+    tuned = [accuracy for row in record['rows'].values() for accuracy in row['tuning'].values()]
     return f"""\
 # aws_sgd and weight decay, on one recipe
 
@@ -196,7 +206,7 @@ timm {record['versions']['timm']}, torch {record['versions']['torch']}.
 
 {table(record)}
 
-One seed each: differences under {noise(record):.1f} points are within chance.
+One seed each: differences under {chance(final(record).values(), held_out):.1f} points are within chance.
 
 ## After each epoch
 
@@ -205,7 +215,8 @@ One seed each: differences under {noise(record):.1f} points are within chance.
 ## The strengths
 
 Each after {TUNING.epochs} epochs at {TUNING.img_size} px, with a learning rate that falls from {TUNING.lr:g} to
-{TUNING.min_lr:g}. The best of a row is the strength above.
+{TUNING.min_lr:g}. Weak, middle and strong shrink the filters of every row alike at first. Differences under
+{chance(tuned, held_out):.1f} points are within chance, so the rows above share the level that is best on average.
 
 {strengths(record)}
 
@@ -215,8 +226,10 @@ Each after {TUNING.epochs} epochs at {TUNING.img_size} px, with a learning rate 
 
 
 def values() -> dict[str, str]:
-    """Returns what the README marks a place for."""
-    return {'comparison': f'\n{table(json.loads(RESULT.read_text()))}\n'}
+    """Returns what the README marks a place for: the table, and the points that are chance."""
+    record = json.loads(RESULT.read_text())
+    return {'comparison': f'\n{table(record)}\n',
+            'chance': f'{chance(final(record).values(), record["images"]["validation"]):.1f}'}
 
 
 def report() -> None:
@@ -227,7 +240,7 @@ def report() -> None:
     results = json.loads((FOLDER / 'results.json').read_text())
     results['comparison'] = {
         'about': f'Networks and rules on one recipe, each with the best of three strengths, one seed each: differences '
-                 f'under {noise(record):.1f} points are within chance.',
+                 f'under {values()["chance"]} points are within chance.',
         'table': table(record)}
     write(FOLDER / 'results.json', json.dumps(results, indent=2) + '\n')
     write(FOLDER / 'README.md', model_card(FOLDER))

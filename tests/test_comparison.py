@@ -2,10 +2,12 @@
 import argparse
 import json
 import os
+import statistics
 from pathlib import Path
 
 import comparison
 import pytest
+import timm
 import yaml
 from comparison import ROWS, STAGES
 
@@ -69,7 +71,7 @@ def test_a_row_starts_each_stage_from_the_one_before(measured, tmp_path):
         f'--initial-checkpoint={out / "resnet18_sgd_0.0005" / "stage1" / "last.pth.tar"}']
 
 
-def test_the_best_strength_of_a_row_is_trained(measured):
+def test_the_strength_that_is_best_on_average_is_trained(measured):
     record = measured(TrainPy(worse=['0.0025', '0.0625']))
     assert {name: row['strength'] for name, row in record['rows'].items()} == {
         'ws_resnet18_aws': 0.0125, 'ws_resnet18_sgd': 0.0005, 'resnet18_sgd': 0.0005}
@@ -77,6 +79,20 @@ def test_the_best_strength_of_a_row_is_trained(measured):
     assert row['tuning'] == {'0.0025': 0., '0.0125': 12.5, '0.0625': 0.}
     assert [stage['top1'] for stage in row['stages']] == [[12.5] * stage.epochs for stage in STAGES]
     assert [stage['hours'] for stage in row['stages']] == [1.5] * 3
+
+
+@pytest.mark.parametrize('tuned, level', [
+    ({'a': {'0.1': 3., '0.5': 2., '2.5': 0.}, 'b': {'1': 4., '5': 6., '25': 7.}}, 1),
+    ({'a': {'0.1': 3., '0.5': 2., '2.5': 0.}, 'b': {'1': 6., '5': 6., '25': 7.}}, 0)])
+def test_a_level_counts_by_its_mean_over_the_rows(tuned, level):
+    assert comparison.best_level(tuned) == level
+
+
+def test_a_level_shrinks_the_filters_of_both_rules_about_alike_at_first():
+    stds = [weight.std().item() for name, weight in timm.create_model('ws_resnet18').named_parameters()
+            if weight.ndim == 4]
+    for alpha, decay in zip(comparison.ALPHAS, comparison.DECAYS):
+        assert alpha * statistics.mean(stds) == pytest.approx(decay, rel=0.25)
 
 
 def test_the_report_names_what_each_strength_reached(measured):
@@ -114,6 +130,4 @@ def test_a_row_that_fails_is_reported(measured):
 
 
 def test_chance_is_that_of_two_shares():
-    row = {'stages': [{'top1': [0., 50.]}]}
-    assert comparison.noise({'rows': {'a': row, 'b': row}, 'images': {'validation': 10_000}}) == pytest.approx(
-        1.96 * 100 * (2 * 0.25 / 10_000) ** 0.5)
+    assert comparison.chance([0., 100.], 10_000) == pytest.approx(1.96 * 100 * (2 * 0.25 / 10_000) ** 0.5)
