@@ -199,8 +199,8 @@ def text(record: dict) -> str:
 
     {record['command']}
 
-{record['dataset']}: {record['images']['train']:,} images to train on, {record['images']['validation']:,} to validate
-on. Recipe: [tin200_ws_resnet18.yaml](../recipes/tin200_ws_resnet18.yaml), seed {record['seed']}.
+{record['dataset']}: {record['images']['train']:,} images to train on, {held_out:,} to validate on.
+Recipe: [tin200_ws_resnet18.yaml](../recipes/tin200_ws_resnet18.yaml), seed {record['seed']}.
 {record['hardware']}, the three rows side by side;
 timm {record['versions']['timm']}, torch {record['versions']['torch']}.
 
@@ -212,9 +212,11 @@ One seed each: differences under {chance(final(record).values(), held_out):.1f} 
 
 {curves(record)}
 
+The rows shared the cores, and not evenly: the hours do not tell which is faster.
+
 ## The strengths
 
-Each after {TUNING.epochs} epochs at {TUNING.img_size} px, with a learning rate that falls from {TUNING.lr:g} to
+Each after {TUNING.epochs} epochs at {TUNING.img_size} px, in which the learning rate falls from {TUNING.lr:g} to
 {TUNING.min_lr:g}. Weak, middle and strong shrink the filters of every row alike at first. Differences under
 {chance(tuned, held_out):.1f} points are within chance, so the rows above share the level that is best on average.
 

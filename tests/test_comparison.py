@@ -9,7 +9,7 @@ import comparison
 import pytest
 import timm
 import yaml
-from comparison import ROWS, STAGES
+from comparison import ROWS, STAGES, TUNING
 
 
 class TrainPy:
@@ -131,3 +131,26 @@ def test_a_row_that_fails_is_reported(measured):
 
 def test_chance_is_that_of_two_shares():
     assert comparison.chance([0., 100.], 10_000) == pytest.approx(1.96 * 100 * (2 * 0.25 / 10_000) ** 0.5)
+
+
+RECORD = json.loads(comparison.RESULT.read_text())
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_the_results_are_those_of_the_stages_and_of_the_best_level(name):
+    row = RECORD['rows'][name]
+    assert RECORD['tuning'] == TUNING._asdict()
+    assert [stage | {'top1': None, 'hours': None} for stage in row['stages']] == [
+        stage._asdict() | {'top1': None, 'hours': None} for stage in STAGES]
+    assert [len(stage['top1']) for stage in row['stages']] == [stage.epochs for stage in STAGES]
+    assert set(row['tuning']) == {f'{strength:g}' for strength in ROWS[name].strengths}
+    level = comparison.best_level({other: found['tuning'] for other, found in RECORD['rows'].items()})
+    assert row['strength'] == ROWS[name].strengths[level]
+    assert sum(stage['hours'] for stage in row['stages']) <= 2
+
+
+def test_recipe_card_and_report_are_those_of_the_results():
+    row, results = RECORD['rows']['ws_resnet18_aws'], json.loads((comparison.FOLDER / 'results.json').read_text())
+    assert yaml.safe_load(comparison.RECIPE.read_text())['opt_kwargs']['alpha'] == row['strength']
+    assert results['comparison']['table'] == comparison.table(RECORD)
+    assert comparison.RESULT.with_suffix('.md').read_text() == comparison.text(RECORD)
