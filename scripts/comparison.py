@@ -241,9 +241,9 @@ def report() -> None:
     fill_in(values())
     results = json.loads((FOLDER / 'results.json').read_text())
     results['comparison'] = {
-        'about': f'Networks and rules on a shorter recipe than that of these weights, '
-                 f'{sum(stage.epochs for stage in STAGES)} epochs, at the best of three levels of strength, one seed '
-                 f'each: differences under {values()["chance"]} points are within chance.',
+        'about': f'Networks and rules after the first {sum(stage.epochs for stage in STAGES)} epochs of this recipe, '
+                 f'at the best of three levels of strength, one seed each: differences under {values()["chance"]} '
+                 f'points are within chance.',
         'table': table(record)}
     write(FOLDER / 'results.json', json.dumps(results, indent=2) + '\n')
     write(FOLDER / 'README.md', model_card(FOLDER))
