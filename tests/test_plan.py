@@ -36,30 +36,35 @@ def batches(count, classes=8, size=16):
 
 @pytest.mark.parametrize(('opt', 'lr', 'options'), [
     ('aws_sgd', 0.03, {'momentum': 0.9, 'alpha': 3.}),
-    ('aws_sgd', 0.1, {'momentum': 0.9, 'alpha': 10., 'decoupled': True}),
+    ('aws_sgd', 0.05, {'momentum': 0.9, 'alpha': 20., 'decoupled': True}),
     ('momentum', 0.1, {'momentum': 0.9, 'weight_decay': 0.03}),
     ('aws_adam', 3e-3, {'alpha': 100.}),
     ('adamw', 3e-3, {'weight_decay': 10.}),
 ])
 def test_recorded_angles_are_those_of_the_forecast(tmp_path, opt, lr, options):
-    """The median over layers and steps, once the slowest half-life of the shrink is over twice."""
-    torch.manual_seed(0)
-    model = timm.create_model('test_ws_resnet', num_classes=8)
+    """The median over layers and steps, once the slowest half-life of the shrink is over twice.
+
+    Three runs, as the median of one varies by 0.05 with the seed, and with the rounding of the CPU.
+    """
     options = {'weight_decay': 0., **options}
-    groups = model if opt.startswith('aws') else timm_aws.param_groups_aws(model, 0., options['weight_decay'])
-    optimizer = create_optimizer_v2(groups, opt, lr=lr, **options)
     steps = 160
-    plan = forecast(model, optimizer, [lr], steps, 16, 32)
-    timm_aws.Recorder(optimizer, tmp_path / 'run.csv', 4)
-    for images, labels in batches(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-    predicted = {layer.name: layer.angle for layer in plan.layers}
-    assert max(layer.half_life_steps for layer in plan.layers) < steps / 3
-    with (tmp_path / 'run.csv').open(newline='') as file:
-        ratios = [float(row['angle']) / predicted[row['layer']]
-                  for row in csv.DictReader(file) if int(row['step']) > 2 * steps / 3]
+    ratios = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = timm.create_model('test_ws_resnet', num_classes=8)
+        groups = model if opt.startswith('aws') else timm_aws.param_groups_aws(model, 0., options['weight_decay'])
+        optimizer = create_optimizer_v2(groups, opt, lr=lr, **options)
+        plan = forecast(model, optimizer, [lr], steps, 16, 32)
+        timm_aws.Recorder(optimizer, tmp_path / f'{seed}.csv', 4)
+        for images, labels in batches(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        predicted = {layer.name: layer.angle for layer in plan.layers}
+        assert max(layer.half_life_steps for layer in plan.layers) < steps / 3
+        with (tmp_path / f'{seed}.csv').open(newline='') as file:
+            ratios += [float(row['angle']) / predicted[row['layer']]
+                       for row in csv.DictReader(file) if int(row['step']) > 2 * steps / 3]
     assert 0.7 < statistics.median(ratios) < 1.4
 
 
@@ -187,3 +192,13 @@ def test_refusals(changes, message):
 
 def test_networks_whose_last_gains_are_0_have_a_forecast():
     assert all(layer.final_length > 0 for layer in plan_run(**{**RUN, 'model': 'test_nfnet'}).layers)
+
+
+def test_double_precision_has_the_same_forecast():
+    lengths = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        network = timm.create_model('test_ws_resnet').to(dtype)
+        optimizer = create_optimizer_v2(network, 'aws_sgd', lr=0.1, alpha=0.1)
+        lengths.append([layer.final_length for layer in forecast(network, optimizer, [0.1], 100, 16, 32).layers])
+    assert lengths[1] == pytest.approx(lengths[0], rel=1e-4)

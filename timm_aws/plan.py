@@ -332,8 +332,8 @@ def _gradients(model: torch.nn.Module, batch_size: int, img_size: int) -> dict[t
         size = _SIZE
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        logits = copied(torch.randn(_IMAGES, channels, size, size))
-        F.cross_entropy(logits, torch.randint(logits.shape[1], (_IMAGES,))).backward()
+        logits = copied(torch.randn(_IMAGES, channels, size, size).to(next(copied.parameters())))
+        F.cross_entropy(logits, torch.randint(logits.shape[1], (_IMAGES,)).to(logits.device)).backward()
     scale = _CALM * math.sqrt(_IMAGES / batch_size) * size / img_size
     pairs = zip(model.parameters(), copied.parameters())
     return {param: scale * filter_length(twin.grad, 'wn') for param, twin in pairs if param.ndim > 1}
