@@ -67,6 +67,39 @@ def test_runs_before_are_told_in_order(train_run, tmp_path):
     assert float(row['lr']) == 0.1
 
 
+def test_runs_that_led_to_a_folder_of_the_same_data_go_before(train_run, tmp_path, monkeypatch):
+    first = train_run(img_size=32, epochs=3, lr=0.2, amp=False)
+    second = train_run(initial_checkpoint=str(first / 'checkpoint-1.pth.tar'), smoothing=0.1, aa="it's # 1")
+    before = export(second, tmp_path / 'before' / NAME, **SETTINGS)
+    last = train_run(img_size=64, initial_checkpoint=str(tmp_path / 'before' / NAME / 'model.safetensors'), amp=True)
+    results = export(last, tmp_path / NAME, **SETTINGS)
+    assert 'start' not in results
+    assert [run['epochs'] for run in results['training']] == [2, 2, 2]
+    # What the args.yaml of the last run has otherwise is added to the commands, in front of what is said of them.
+    commands = [run['command'] for run in results['training']]
+    assert before['training'][0]['command'] == (
+        'python train.py --config args.yaml --data-dir images --img-size 32 --lr 0.2 --epochs 3'
+        '  # with amp: false in args.yaml, the next run starts from epoch 2 of 3')
+    assert commands[:2] == [
+        "python train.py --config args.yaml --data-dir images --img-size 32 --lr 0.2 --epochs 3 --aa 'it'\"'\"'s # 1' "
+        '--smoothing 0.1  # with amp: false in args.yaml, the next run starts from epoch 2 of 3',
+        before['training'][1]['command'] + " --aa 'it'\"'\"'s # 1' --img-size 48 --smoothing 0.1"]
+    with (tmp_path / NAME / 'effective_lr.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    with (tmp_path / 'before' / NAME / 'effective_lr.csv').open() as file:
+        assert rows[:len(rows) * 2 // 3] == list(csv.DictReader(file))
+    assert [row['epoch'] for row in rows] == [epoch for epoch in '123456' for _ in range(len(rows) // 6)]
+    assert 'trained from scratch on noise' in ' '.join((tmp_path / NAME / 'README.md').read_text().split())
+
+
+def test_folder_of_another_network_is_where_the_training_starts(train_run, copied, tmp_path):
+    config = json.loads((copied / 'config.json').read_text())
+    (copied / 'config.json').write_text(json.dumps(config | {'architecture': 'ws_resnet18'}))
+    run = train_run(initial_checkpoint=str(copied / 'model.safetensors'))
+    results = export(run, tmp_path / 'further' / NAME, **SETTINGS)
+    assert (results['start']['name'], len(results['training'])) == (NAME, 1)
+
+
 @pytest.mark.parametrize('kind', ['weights.pth', 'weights.safetensors', NAME])
 def test_run_that_started_from_weights_without_a_run(train_run, checkpoint_folder, tmp_path, kind):
     start = tmp_path / 'before' / kind
@@ -78,7 +111,7 @@ def test_run_that_started_from_weights_without_a_run(train_run, checkpoint_folde
         torch.save(weights, start)
     else:
         save_file(weights, start)
-    results = export(train_run(initial_checkpoint=str(start)), tmp_path / NAME, **SETTINGS)
+    results = export(train_run(initial_checkpoint=str(start)), tmp_path / NAME, **SETTINGS | {'dataset': 'pictures'})
     (stage,) = results['training']
     assert stage['command'].endswith(f'--initial-checkpoint {start.parent.name}/{start.name}')
     expected = {'name': NAME, 'dataset': 'noise', 'license': 'apache-2.0'} if kind == NAME else {
@@ -87,7 +120,7 @@ def test_run_that_started_from_weights_without_a_run(train_run, checkpoint_folde
     card = ' '.join((tmp_path / NAME / 'README.md').read_text().split())
     assert 'from scratch' not in card
     assert f'trained further from the weights {expected["name"]}'.replace('_', r'\_') in card
-    assert 'noise only' not in card
+    assert 'pictures only' not in card
 
 
 def test_pretrained_run_names_its_weights(train_run, tmp_path):
@@ -100,7 +133,7 @@ def test_pretrained_run_names_its_weights(train_run, tmp_path):
 
 def test_run_of_a_checkpoint_folder(train_run, checkpoint_folder, tmp_path):
     run = train_run(model=f'local-dir:{checkpoint_folder}', pretrained=True)
-    assert export(run, tmp_path / NAME, **SETTINGS)['start'] == {
+    assert export(run, tmp_path / NAME, **SETTINGS | {'dataset': 'pictures'})['start'] == {
         'name': NAME, 'dataset': 'noise', 'license': 'apache-2.0'}
     assert json.loads((tmp_path / NAME / 'config.json').read_text())['architecture'] == 'test_ws_resnet'
     assert yaml.safe_load((tmp_path / NAME / 'args.yaml').read_text())['model'] == f'local-dir:{NAME}'

@@ -17,7 +17,7 @@ from timm.models import save_for_hf
 
 from .folder import ARGS, CARD, CONFIG, CURVES, PICTURE, RESULTS, WEIGHTS, read_json
 from .model_card import model_card
-from .results import results_of, settings_of, start_of
+from .results import Before, before_of, results_of, settings_of
 from .train_run import Checkpoint, find_checkpoint, layers_of, load_checkpoint, stages_of
 from .validation import check_half, validate
 
@@ -81,7 +81,7 @@ def export(
     candidates = (False, True)[:1 + checkpoint.has_ema] if ema is None else (ema,)
     for use in candidates:
         model.load_state_dict(checkpoint.weights(use))
-    start = start_of(stages_of(checkpoint)[0], model.pretrained_cfg)
+    before = before_of(checkpoint, model.pretrained_cfg, dataset)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as aside:
         folder = Path(aside, out.name)
@@ -92,7 +92,7 @@ def export(
             ema = max(full, key=lambda use: full[use]['top1'])
         ema = bool(ema)
         _write_weights(checkpoint, folder, ema, full_precision)
-        results = {**results_of(checkpoint, folder, dataset, ema, data_dir), **start, 'embedding': _embedding(model)}
+        results = results_of(checkpoint, before, folder, dataset, ema, data_dir) | {'embedding': _embedding(model)}
         if validate_py and data_dir:
             if not full_precision:
                 model.load_state_dict(checkpoint.weights(ema))
@@ -100,7 +100,7 @@ def export(
                 results['metrics_in_full_precision'] = full[ema]
             results['metrics'] = validate(checkpoint, folder, data_dir, validate_py)
         (folder / RESULTS).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
-        _write_effective_lr(checkpoint, folder)
+        _write_effective_lr(checkpoint, before, folder)
         (folder / CARD).write_text(model_card(folder), encoding='utf-8')
         try:
             folder.rename(out)
@@ -232,10 +232,13 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, ema: bool, full_precisi
     path.chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read its files
 
 
-def _write_effective_lr(checkpoint: Checkpoint, folder: Path) -> None:
+def _write_effective_lr(checkpoint: Checkpoint, before: Before, folder: Path) -> None:
     """Writes the effective learning rate after each epoch of which a checkpoint exists, and draws it."""
-    rows = []
-    before = 0
+    rows: list[tuple] = []
+    if before.folder and (before.folder / CURVES).is_file():
+        with (before.folder / CURVES).open(newline='') as file:
+            rows = [(int(row[0]), *row[1:]) for row in list(csv.reader(file))[1:]]
+    done = sum(run['epochs'] for run in before.training)
     for stage in stages_of(checkpoint):
         for path in stage.path.parent.glob('checkpoint-*.pth.tar'):
             try:
@@ -243,8 +246,8 @@ def _write_effective_lr(checkpoint: Checkpoint, folder: Path) -> None:
             except (OSError, ValueError):  # cut off by a full disk, say
                 continue
             if stage.begin < saved.end <= stage.end:
-                rows += [(before + saved.end - stage.begin, *row) for row in layers_of(saved)]
-        before += stage.epochs
+                rows += [(done + saved.end - stage.begin, *row) for row in layers_of(saved)]
+        done += stage.epochs
     if not rows:
         return
     with (folder / CURVES).open('w', newline='') as file:

@@ -5,29 +5,49 @@ import os
 import platform
 import re
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from .folder import CONFIG, RESULTS, WEIGHTS, read_json, sha256
+from .folder import ARGS, CONFIG, RESULTS, WEIGHTS, read_json, sha256
 from .train_run import Checkpoint, stages_of
 from .validation import count_images
 
-__all__ = ['hardware', 'results_of', 'settings_of', 'start_of']
+__all__ = ['Before', 'before_of', 'hardware', 'results_of', 'settings_of']
 
 # Options of train.py about paths on one machine, and how many checkpoints are kept there; what train.py itself sets.
 _PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume', 'checkpoint_hist',
            'distributed', 'world_size', 'rank', 'local_rank', 'prefetcher')
+_COMMENT = '  # '  # between a command and what is to be said of it
+
+
+@dataclass(frozen=True)
+class Before:
+    """What is known of the time before the first run.
+
+    Attributes:
+        start: Name and, where known, dataset and license of the weights that training started from; empty from scratch.
+        folder: The checkpoint folder that the runs go on from, None without one of the same network and data set.
+        training: The runs that led to it, as results.json has them.
+        besides: What else these learned from.
+    """
+    start: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    training: list[dict[str, Any]] = field(default_factory=list)
+    besides: list[str] = field(default_factory=list)
 
 
 def results_of(
-        checkpoint: Checkpoint, folder: Path, dataset: str, ema: bool, data_dir: Path | None,
+        checkpoint: Checkpoint, before: Before, folder: Path, dataset: str, ema: bool, data_dir: Path | None,
 ) -> dict[str, Any]:
     """Tells what a checkpoint is and where it comes from.
 
     Args:
         checkpoint: The last one of the training.
+        before: What was before the first of its runs.
         folder: Checkpoint folder, with its weights.
         dataset: Name of the data set, for people to read.
         ema: Whether the averaged weights were taken.
@@ -50,8 +70,8 @@ def results_of(
             'ema': ema,
         },
         'train_py': {'epoch': checkpoint.end, args['eval_metric']: checkpoint.content.get('metric')},
-        'training': [_stage(checkpoint, stage, data_dir) for stage in stages],
-        'besides': _besides(stages),
+        'training': [*before.training, *(_stage(checkpoint, stage, data_dir) for stage in stages)],
+        'besides': list(dict.fromkeys([*before.besides, *_besides(stages)])),
         'batch_size': args['batch_size'] * args.get('world_size', 1) * args.get('grad_accum_steps', 1),
         'momentum': checkpoint.content['optimizer']['param_groups'][0].get('momentum'),
         'alpha': checkpoint.alpha,
@@ -59,6 +79,7 @@ def results_of(
         'versions': {name: importlib.metadata.version(name) for name in ('timm_aws', 'timm', 'torch')},
         'hardware': hardware(args['device']),
         'date': datetime.date.today().isoformat(),
+        **({'start': before.start} if before.start else {}),
     }
 
 
@@ -93,48 +114,93 @@ def _stage(final: Checkpoint, stage: Checkpoint, data_dir: Path | None) -> dict[
 
 def _command(final: Checkpoint, stage: Checkpoint) -> str:
     args = stage.args
-    last = settings_of(final.args)
-    other = {key: value for key, value in settings_of(args).items() if value != last.get(key)}
+    other = _others(settings_of(args), final)
     for key in ('initial_checkpoint', 'resume'):
         if args.get(key):
             other[key] = _last_parts(args[key])
     processes = args.get('world_size', 1)
-    words = [*(['torchrun', f'--nproc_per_node={processes}'] if processes > 1 else ['python']), 'train.py', '--config',
-             'args.yaml', '--data-dir', _place(stage)]
-    notes = []
-    for key, value in other.items():
+    words, notes = _words(other)
+    if args is not final.args and stage.end < args['epochs']:
+        notes.append(f'the next run starts from epoch {stage.end} of {args["epochs"]}')
+    launcher = ['torchrun', f'--nproc_per_node={processes}'] if processes > 1 else ['python']
+    return _line(
+        shlex.join([*launcher, 'train.py', '--config', 'args.yaml', '--data-dir', _place(stage), *words]), notes)
+
+
+def _command_before(command: str, settings: dict[str, Any], final: Checkpoint) -> str:
+    """Returns a command for the args.yaml with these settings as one for that of the last run."""
+    given = shlex.split(command, comments=True)
+    words, notes = _words({key: value for key, value in _others(settings, final).items() if _option(key) not in given})
+    head, note = command, ''
+    if given != shlex.split(command):  # it ends in a comment
+        head, _, note = command.rpartition(_COMMENT)
+    # Only added to: where it holds a line break, what a shell reads differs from what shlex does.
+    return _line(' '.join([head, *map(shlex.quote, words)]), [*([note] if note else []), *notes])
+
+
+def _others(settings: dict[str, Any], final: Checkpoint) -> dict[str, Any]:
+    """Returns those of the settings that the last run has not."""
+    last = settings_of(final.args)
+    return {key: value for key, value in settings.items() if value != last.get(key)}
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def _words(settings: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Returns options of train.py for these settings, and notes for those that no option sets."""
+    words, notes = [], []
+    for key, value in settings.items():
         if value is None or value is False:  # no option of train.py takes these
             notes.append(f'with {key}: {"null" if value is None else "false"} in args.yaml')
             continue
         if isinstance(value, dict):
             value = [f'{name}={item}' for name, item in value.items()]
         values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
-        words += [f"--{key.replace('_', '-')}", *map(str, values)]
-    if args is not final.args and stage.end < args['epochs']:
-        notes.append(f'the next run starts from epoch {stage.end} of {args["epochs"]}')
-    command = shlex.join(words) + (f'  # {", ".join(notes)}' if notes else '')
+        words += [_option(key), *map(str, values)]
+    return words, notes
+
+
+def _line(command: str, notes: list[str]) -> str:
+    command += f'{_COMMENT}{", ".join(notes)}' if notes else ''
     for newline in '\n\r':  # one line, whatever has been typed; where a word holds it, shlex has put it into quotes
         command = command.replace(newline, f"'${newline!r}'")
     return command
 
 
-def start_of(first: Checkpoint, cfg: dict[str, Any]) -> dict[str, Any]:
-    """Returns {'start': name and, where known, dataset and license of the weights before the first run}."""
+def before_of(checkpoint: Checkpoint, cfg: dict[str, Any], dataset: str) -> Before:
+    """Tells what was before the first run that led to a checkpoint.
+
+    Args:
+        checkpoint: The last one of the training.
+        cfg: What timm knows of the pretrained weights of its network.
+        dataset: Name of the data set of the training. What led to a checkpoint folder of the same network and data set
+            is a part of the training.
+
+    Raises:
+        ValueError: If the results of the checkpoint folder that the runs started from cannot be read.
+    """
+    first = stages_of(checkpoint)[0]
     path = first.start or (first.args.get('pretrained') and (first.args.get('pretrained_path') or cfg.get('file')))
-    if path:
-        start = {'name': _last_parts(path)}
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        if (folder / RESULTS).is_file() and (folder / CONFIG).is_file():
-            start = {
-                'name': folder.name,
-                'dataset': str(read_json(folder / RESULTS).get('dataset', '')),
-                'license': str(read_json(folder / CONFIG).get('pretrained_cfg', {}).get('license', '')),
-            }
-    elif first.args.get('pretrained'):
-        start = {'name': f'{cfg["architecture"]}.{cfg.get("tag") or "default"}', 'license': cfg.get('license') or ''}
-    else:
-        return {}
-    return {'start': start}
+    if not path:
+        name = f'{cfg["architecture"]}.{cfg.get("tag") or "default"}'
+        return Before({'name': name, 'license': cfg.get('license') or ''} if first.args.get('pretrained') else {})
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if not ((folder / RESULTS).is_file() and (folder / CONFIG).is_file()):
+        return Before({'name': _last_parts(path)})
+    results, config = read_json(folder / RESULTS), read_json(folder / CONFIG)
+    same = (results.get('dataset'), config.get('architecture')) == (dataset, cfg['architecture'])
+    if same and results.get('training') and (folder / ARGS).is_file():
+        settings = yaml.safe_load((folder / ARGS).read_text(encoding='utf-8'))
+        training = [{**run, 'command': _command_before(run['command'], settings, checkpoint)}
+                    for run in results['training']]
+        return Before(results.get('start', {}), folder, training, results.get('besides', []))
+    return Before({
+        'name': folder.name,
+        'dataset': str(results.get('dataset', '')),
+        'license': str(config.get('pretrained_cfg', {}).get('license', '')),
+    })
 
 
 def _besides(stages: list[Checkpoint]) -> list[str]:
