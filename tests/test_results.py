@@ -67,13 +67,16 @@ def test_runs_before_are_told_in_order(train_run, tmp_path):
     assert float(row['lr']) == 0.1
 
 
-def test_runs_that_led_to_a_folder_of_the_same_data_go_before(train_run, tmp_path, monkeypatch):
+def test_runs_that_led_to_a_folder_of_the_same_data_go_before(train_run, tmp_path):
     first = train_run(img_size=32, epochs=3, lr=0.2, amp=False)
     second = train_run(initial_checkpoint=str(first / 'checkpoint-1.pth.tar'), smoothing=0.1, aa="it's # 1")
     before = export(second, tmp_path / 'before' / NAME, **SETTINGS)
+    path = tmp_path / 'before' / NAME / 'results.json'
+    path.write_text(json.dumps(before | {'hardware': 'another CPU'}))
     last = train_run(img_size=64, initial_checkpoint=str(tmp_path / 'before' / NAME / 'model.safetensors'), amp=True)
     results = export(last, tmp_path / NAME, **SETTINGS)
     assert 'start' not in results
+    assert results['hardware'] == f'another CPU, then {before["hardware"]}'
     assert [run['epochs'] for run in results['training']] == [2, 2, 2]
     # What the args.yaml of the last run has otherwise is added to the commands, in front of what is said of them.
     commands = [run['command'] for run in results['training']]

@@ -33,11 +33,13 @@ class Before:
         folder: The checkpoint folder that the runs go on from, None without one of the same network and data set.
         training: The runs that led to it, as results.json has them.
         besides: What else these learned from.
+        hardware: What they ran on.
     """
     start: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     training: list[dict[str, Any]] = field(default_factory=list)
     besides: list[str] = field(default_factory=list)
+    hardware: str = ''
 
 
 def results_of(
@@ -77,7 +79,7 @@ def results_of(
         'alpha': checkpoint.alpha,
         'seed': args['seed'],
         'versions': {name: importlib.metadata.version(name) for name in ('timm_aws', 'timm', 'torch')},
-        'hardware': hardware(args['device']),
+        'hardware': ', then '.join(dict.fromkeys(filter(None, [before.hardware, hardware(args['device'])]))),
         'date': datetime.date.today().isoformat(),
         **({'start': before.start} if before.start else {}),
     }
@@ -192,10 +194,11 @@ def before_of(checkpoint: Checkpoint, cfg: dict[str, Any], dataset: str) -> Befo
     results, config = read_json(folder / RESULTS), read_json(folder / CONFIG)
     same = (results.get('dataset'), config.get('architecture')) == (dataset, cfg['architecture'])
     if same and results.get('training') and (folder / ARGS).is_file():
-        settings = yaml.safe_load((folder / ARGS).read_text(encoding='utf-8'))
+        settings = settings_of(yaml.safe_load((folder / ARGS).read_text(encoding='utf-8')))
         training = [{**run, 'command': _command_before(run['command'], settings, checkpoint)}
                     for run in results['training']]
-        return Before(results.get('start', {}), folder, training, results.get('besides', []))
+        return Before(
+            results.get('start', {}), folder, training, results.get('besides', []), results.get('hardware', ''))
     return Before({
         'name': folder.name,
         'dataset': str(results.get('dataset', '')),
