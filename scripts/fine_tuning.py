@@ -5,8 +5,8 @@
 The photographs are Oxford's 17 Category Flower Dataset (Nilsback and Zisserman, 2006,
 https://www.robots.ox.ac.uk/~vgg/data/flowers/17/): 80 of each flower, sorted by class, image_0001.jpg to
 image_1360.jpg. Give the archive, or a folder of the images. The network was trained on Tiny-ImageNet-200, which has no
-flowers, and sees 64 by 64 pixels. Of each of the first ten classes, each seed draws 20 photographs to train on and 20
-others to validate on: what a user with few images of their own has.
+flowers. Of each of the first ten classes, each seed draws 20 photographs to train on and 20 others to validate on: what
+a user with few images of their own has.
 
 aws_sgd with the default alpha, aws_sgd with a hundred times that, and SGD with weight decay run at each learning rate,
 with momentum 0.9 and a cosine schedule. The same network from scratch gets ten times the epochs, at the two highest
@@ -24,7 +24,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from outputs import RESULTS, fill_in, write
+from outputs import RESULTS, ROOT, fill_in, write
 from PIL import Image
 from provenance import hardware, versions
 from timm.data import create_dataset, create_loader, resolve_model_data_config
@@ -139,9 +139,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('source', type=Path, help='17flowers.tgz, or a folder of its images')
     options = parser.parse_args()
+    weights = json.loads((ROOT / 'weights' / 'ws_resnet50.aws_tin200' / 'results.json').read_text())
     record = json.loads(RESULT.read_text()) if RESULT.exists() else {
         'command': 'python scripts/fine_tuning.py 17flowers',
-        'model': 'ws_resnet50_aws, pretrained on Tiny-ImageNet-200',
+        'model': f'ws_resnet50_aws, pretrained on Tiny-ImageNet-200 (weights of {weights["date"]}, '
+                 f'{weights["metrics"]["top1"]} % top-1 there)',
         'dataset': f'Oxford 17 Category Flower Dataset, at 64 px; of each of the first {CLASSES} classes {TRAINED} '
                    f'photographs to train on and {VALIDATED} others to validate on, drawn by each seed',
         'versions': versions(), 'hardware': hardware('cpu'), 'threads': torch.get_num_threads(), 'runs': [],
