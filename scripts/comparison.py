@@ -19,7 +19,7 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -115,12 +115,16 @@ def tune(command: list[str], output: Path, name: str) -> dict[str, float]:
         for strength in row.strengths}
 
 
-def train_stages(command: list[str], output: Path, name: str, strength: str) -> list[dict]:
-    """Runs the stages of the recipe, each from the weights of the one before."""
-    folders = [output / f'{name}_{strength}' / f'stage{number}' for number in range(1, 1 + len(STAGES))]
-    starts = [None, *(folder / 'last.pth.tar' for folder in folders)]
-    return [train([*command, *options_of(ROWS[name], float(strength))], folder, stage, start)
-            for folder, stage, start in zip(folders, STAGES, starts)]
+def train_stages(command: list[str], folder: Path, stages: Sequence[Stage]) -> list[dict]:
+    """Runs stages in folders stage1, stage2 and so on, each from the weights of the one before."""
+    folders = [folder / f'stage{number}' for number in range(1, 1 + len(stages))]
+    starts = [None, *(stage / 'last.pth.tar' for stage in folders)]
+    return [train(command, *stage) for stage in zip(folders, stages, starts)]
+
+
+def train_row(command: list[str], output: Path, name: str, strength: str) -> list[dict]:
+    """Runs the recipe to its end for a row at this strength."""
+    return train_stages([*command, *options_of(ROWS[name], float(strength))], output / f'{name}_{strength}', STAGES)
 
 
 def best_level(tuned: dict[str, dict[str, float]]) -> int:
@@ -136,7 +140,7 @@ def measure(options: argparse.Namespace) -> None:
         tuned = dict(zip(ROWS, pool.map(partial(tune, command, options.output / 'tuning'), ROWS)))
         level = best_level(tuned)
         chosen = {name: list(found)[level] for name, found in tuned.items()}
-        stages = pool.map(partial(train_stages, command, options.output), chosen, chosen.values())
+        stages = pool.map(partial(train_row, command, options.output), chosen, chosen.values())
         rows = {name: {'tuning': tuned[name], 'strength': float(chosen[name]), 'stages': found}
                 for name, found in zip(ROWS, stages)}
     record = {
@@ -249,16 +253,22 @@ def report() -> None:
     write(FOLDER / 'README.md', model_card(FOLDER))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(description: str) -> argparse.Namespace:
+    """Returns the options of a script that trains, then reports."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument('--train', type=Path, help="timm's train.py")
     parser.add_argument('--data-dir', type=Path, help='folder of Tiny-ImageNet-200')
     parser.add_argument('--output', type=Path, help='folder of the trainings')
     parser.add_argument('--report', action='store_true', help='train nothing')
     options = parser.parse_args()
+    if not options.report and None in (options.train, options.data_dir, options.output):
+        parser.error('give --train, --data-dir and --output, or --report.')
+    return options
+
+
+def main() -> None:
+    options = parse(__doc__.splitlines()[0])
     if not options.report:
-        if None in (options.train, options.data_dir, options.output):
-            parser.error('give --train, --data-dir and --output, or --report.')
         measure(options)
     report()
 
