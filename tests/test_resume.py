@@ -207,7 +207,7 @@ def _start_train_py(images, experiment, record, *options):
     return subprocess.Popen(
         [sys.executable, str(Path(scripts, 'train.py').resolve()), '--data-dir', str(images), '--no-aug',
          '--device', 'cpu', '--device-modules', 'timm_aws', '--model', 'test_ws_resnet', '--num-classes', '3',
-         '--img-size', '32', '--batch-size', '2', '--workers', '0', '--epochs', '2', '--warmup-epochs', '0',
+         '--img-size', '32', '--batch-size', '2', '--workers', '1', '--epochs', '2', '--warmup-epochs', '0',
          '--opt', 'aws_sgd', '--opt-kwargs', 'alpha=0.5', f"record='{images.parent / record}'", 'record_every=50',
          '--lr', '0.05', '--weight-decay', '0.01', '--log-interval', '1', '--output', str(images.parent),
          '--experiment', experiment,
