@@ -19,7 +19,7 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -253,25 +253,20 @@ def report() -> None:
     write(FOLDER / 'README.md', model_card(FOLDER))
 
 
-def parse(description: str) -> argparse.Namespace:
-    """Returns the options of a script that trains, then reports."""
+def run(description: str, measure: Callable[[argparse.Namespace], None], report: Callable[[], None]) -> None:
+    """Is the command of a script that trains, then reports."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('--train', type=Path, help="timm's train.py")
     parser.add_argument('--data-dir', type=Path, help='folder of Tiny-ImageNet-200')
     parser.add_argument('--output', type=Path, help='folder of the trainings')
     parser.add_argument('--report', action='store_true', help='train nothing')
     options = parser.parse_args()
-    if not options.report and None in (options.train, options.data_dir, options.output):
-        parser.error('give --train, --data-dir and --output, or --report.')
-    return options
-
-
-def main() -> None:
-    options = parse(__doc__.splitlines()[0])
     if not options.report:
+        if None in (options.train, options.data_dir, options.output):
+            parser.error('give --train, --data-dir and --output, or --report.')
         measure(options)
     report()
 
 
 if __name__ == '__main__':
-    main()
+    run(__doc__.splitlines()[0], measure, report)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import yaml
-from comparison import IMAGES, RECIPE, TUNING, Stage, chance, parse, train_stages
+from comparison import IMAGES, RECIPE, TUNING, Stage, chance, run, train_stages
 from outputs import RESULTS, write
 from provenance import hardware, versions
 
@@ -48,7 +48,7 @@ def measure(options: argparse.Namespace) -> None:
     with ThreadPoolExecutor(2) as pool:
         runs = {name: pool.submit(train_stages, [*command, *trial.options], options.output / name, trial.stages)
                 for name, trial in TRIALS.items()}
-        trials = {name: run.result() for name, run in runs.items()}
+        trials = {name: started.result() for name, started in runs.items()}
     record = {
         'command': COMMAND, 'dataset': 'Tiny-ImageNet-200', 'images': IMAGES,
         'seed': yaml.safe_load(RECIPE.read_text())['seed'], 'versions': versions(), 'hardware': hardware('cpu'),
@@ -95,12 +95,5 @@ def report() -> None:
     write(RECIPE.with_name('README.md'), text(json.loads(RESULT.read_text())))
 
 
-def main() -> None:
-    options = parse(__doc__.splitlines()[0])
-    if not options.report:
-        measure(options)
-    report()
-
-
 if __name__ == '__main__':
-    main()
+    run(__doc__.splitlines()[0], measure, report)
