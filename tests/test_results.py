@@ -103,6 +103,15 @@ def test_folder_of_another_network_is_where_the_training_starts(train_run, copie
     assert (results['start']['name'], len(results['training'])) == (NAME, 1)
 
 
+def test_start_that_is_not_found_is_named_with_a_warning(train_run, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    run = train_run(initial_checkpoint='before/model.safetensors')
+    assert export(run, tmp_path / NAME, **SETTINGS)['start'] == {'name': 'before/model.safetensors'}
+    assert caplog.messages == [
+        f'The training started from before/model.safetensors, which is not found from {tmp_path}: the card names it, '
+        f'but does not tell what led to it. Export in the folder where train.py ran.']
+
+
 @pytest.mark.parametrize('kind', ['weights.pth', 'weights.safetensors', NAME])
 def test_run_that_started_from_weights_without_a_run(train_run, checkpoint_folder, tmp_path, kind):
     start = tmp_path / 'before' / kind

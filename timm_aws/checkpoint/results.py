@@ -1,6 +1,7 @@
 """What results.json tells of a checkpoint beside its accuracy: the runs that led to it, where, when and with what."""
 import datetime
 import importlib.metadata
+import logging
 import os
 import platform
 import re
@@ -17,6 +18,8 @@ from .train_run import Checkpoint, stages_of
 from .validation import count_images
 
 __all__ = ['Before', 'before_of', 'hardware', 'results_of', 'settings_of']
+
+_logger = logging.getLogger(__name__)
 
 # Options of train.py about paths on one machine, and how many checkpoints are kept there; what train.py itself sets.
 _PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume', 'checkpoint_hist',
@@ -188,6 +191,10 @@ def before_of(checkpoint: Checkpoint, cfg: dict[str, Any], dataset: str) -> Befo
     if not path:
         name = f'{cfg["architecture"]}.{cfg.get("tag") or "default"}'
         return Before({'name': name, 'license': cfg.get('license') or ''} if first.args.get('pretrained') else {})
+    if not Path(path).exists():
+        _logger.warning(
+            f'The training started from {path}, which is not found from {Path.cwd()}: the card names it, but does not '
+            f'tell what led to it. Export in the folder where train.py ran.')
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if not ((folder / RESULTS).is_file() and (folder / CONFIG).is_file()):
         return Before({'name': _last_parts(path)})
