@@ -1,17 +1,18 @@
-"""Fine-tunes the ws_resnet50 that comes with the package on photographs of flowers: which learning rate, which alpha.
+"""Fine-tunes the networks that come with the package on photographs of flowers: which learning rate, which alpha.
 
     python scripts/fine_tuning.py ~/Downloads/17flowers.tgz     # runs what is not in the results yet
+    python scripts/fine_tuning.py ~/Downloads/17flowers.tgz --model ws_resnet18_aws
 
 The photographs are Oxford's 17 Category Flower Dataset (Nilsback and Zisserman, 2006,
 https://www.robots.ox.ac.uk/~vgg/data/flowers/17/): 80 of each flower, sorted by class, image_0001.jpg to
-image_1360.jpg. Give the archive, or a folder of the images. The network was trained on Tiny-ImageNet-200, which has no
-flowers. Of each of the first ten classes, each seed draws 20 photographs to train on and 20 others to validate on: what
-a user with few images of their own has.
+image_1360.jpg. Give the archive, or a folder of the images. The networks were trained on Tiny-ImageNet-200, which has
+no flowers. Of each of the first ten classes, each seed draws 20 photographs to train on and 20 others to validate on:
+what a user with few images of their own has.
 
 aws_sgd with the default alpha, aws_sgd with a hundred times that, and SGD with weight decay run at each learning rate,
 with momentum 0.9 and a cosine schedule. The same network from scratch gets ten times the epochs, at the two highest
 learning rates. Writes scripts/results/fine_tuning.json after each run, and the README's numbers in the end. The 42 runs
-take about an hour on one core.
+of a network take 20 minutes to an hour. Where its weights are not those of the results, they all run again.
 """
 import argparse
 import itertools
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 import timm_aws  # noqa: F401  registers the model and the optimizer
 
+MODELS = ('ws_resnet50_aws', 'ws_resnet18_aws')
 CLASSES, PER_CLASS = 10, 80
 TRAINED, VALIDATED = 20, 20  # photographs of a class
 LRS = (0.003, 0.01, 0.03, 0.1)
@@ -49,11 +51,13 @@ ROWS = {
 SEEDS = (0, 1, 2)
 BATCH_SIZE = 16
 WEIGHT_DECAY = 1e-4
+MARGIN = 1.14  # the stored photographs are so much larger than the input, for random crops
+COMMAND = 'python scripts/fine_tuning.py 17flowers'
 RESULT = RESULTS / 'fine_tuning.json'
 
 
-def make_folders(images: list[Path], root: Path, seed: int) -> None:
-    """Makes `root/train/CLASS` and `root/validation/CLASS`, of images whose shorter side is 73 px."""
+def make_folders(images: list[Path], root: Path, seed: int, side: int) -> None:
+    """Makes `root/train/CLASS` and `root/validation/CLASS`, of images whose shorter side is `side` pixels."""
     generator = torch.Generator().manual_seed(seed)
     for label in range(CLASSES):
         order = torch.randperm(PER_CLASS, generator=generator).tolist()
@@ -62,7 +66,7 @@ def make_folders(images: list[Path], root: Path, seed: int) -> None:
             folder.mkdir(parents=True)
             for index in chosen:
                 image = Image.open(images[label * PER_CLASS + index]).convert('RGB')
-                scale = 73 / min(image.size)
+                scale = side / min(image.size)
                 image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
                 image.save(folder / f'{index:02}.png')
 
@@ -75,11 +79,11 @@ def accuracy(model: torch.nn.Module, loader) -> float:
     return 100 * torch.cat(right).float().mean().item()
 
 
-def fine_tune(root: Path, rule: str, lr: float, seed: int, progress: tqdm) -> float:
-    """Fine-tunes the network and returns its accuracy on the images held out, in percent."""
+def fine_tune(name: str, root: Path, rule: str, lr: float, seed: int, progress: tqdm) -> float:
+    """Fine-tunes a network and returns its accuracy on the images held out, in percent."""
     random_seed(seed)
     pretrained, epochs, _, options = ROWS[rule]
-    model = timm.create_model('ws_resnet50_aws', pretrained=pretrained, num_classes=CLASSES)
+    model = timm.create_model(name, pretrained=pretrained, num_classes=CLASSES)
     config = resolve_model_data_config(model)
     train, held_out = (
         create_loader(
@@ -98,7 +102,7 @@ def fine_tune(root: Path, rule: str, lr: float, seed: int, progress: tqdm) -> fl
         loss.backward()
         optimizer.step()
         scheduler.step_update(step)
-        progress.set_postfix(rule=rule, lr=lr, seed=seed, step=step, loss=f'{loss.item():.2f}')
+        progress.set_postfix(model=name, rule=rule, lr=lr, seed=seed, step=step, loss=f'{loss.item():.2f}')
     return accuracy(model, held_out)
 
 
@@ -117,56 +121,79 @@ def table(runs: list[dict]) -> str:
 
 def text(record: dict) -> str:
     """Returns the whole of fine_tuning.md."""
-    seeds = len({run['seed'] for run in record['runs']})
-    return (f'# Fine-tuning on a small data set\n\n    {record["command"]}\n\n{record["model"]}. {record["dataset"]}. '
-            f'3 epochs, where nothing else is said. {record["hardware"]}; seeds: {seeds}. '
-            f'Each cell of a seed is {CLASSES * VALIDATED} photographs: differences under 5 points are noise.\n\n'
-            f'{table(record["runs"])}\n')
+    parts = [
+        f'# Fine-tuning on a small data set\n\n    {COMMAND}\n\nOxford 17 Category Flower Dataset: of each of the '
+        f'first {CLASSES} classes {TRAINED} photographs to train on and {VALIDATED} others to validate on, drawn by '
+        f'each seed. 3 epochs, where nothing else is said; mean and standard deviation of {len(SEEDS)} seeds. Each '
+        f'cell of a seed is {CLASSES * VALIDATED} photographs: differences under 5 points are noise.\n']
+    for name, network in record['networks'].items():
+        weights = network['weights']
+        parts.append(
+            f'## {name}\n\nPretrained on Tiny-ImageNet-200 (weights of {weights["date"]}, {weights["top1"]} % top-1 '
+            f'there), photographs at {network["img_size"]} px. {network["hardware"]}.\n\n{table(network["runs"])}\n')
+    return '\n'.join(parts)
 
 
 def values() -> dict[str, str]:
     """Returns the numbers that the README marks a place for: top-1 in percent."""
-    runs = json.loads(RESULT.read_text())['runs']
+    found = {}
+    for name, network in json.loads(RESULT.read_text())['networks'].items():
+        mean = {(rule, lr): statistics.mean(run['top1'] for run in network['runs']
+                                            if (run['rule'], run['lr']) == (rule, lr))
+                for rule, row in ROWS.items() for lr in row[2]}
+        depth = name.removeprefix('ws_resnet').removesuffix('_aws')
+        found[f'tune{depth}_best'] = f'{mean["aws_sgd", 0.03]:.1f}'
+        found[f'tune{depth}_usual'] = f'{mean["aws_sgd", 0.1]:.1f}'
+        found[f'tune{depth}_scratch'] = f'{max(mean[SCRATCH, lr] for lr in ROWS[SCRATCH][2]):.1f}'
+    return found
 
-    def mean(rule: str, lr: float) -> float:
-        return statistics.mean(run['top1'] for run in runs if (run['rule'], run['lr']) == (rule, lr))
 
-    return {'tune_best': f'{mean("aws_sgd", 0.03):.1f}', 'tune_usual': f'{mean("aws_sgd", 0.1):.1f}',
-            'tune_scratch': f'{max(mean(SCRATCH, lr) for lr in ROWS[SCRATCH][2]):.1f}'}
+def network_record(record: dict, name: str) -> dict:
+    """Returns the record of the network's runs: what was recorded, or an empty one where the weights are others."""
+    folder = ROOT / 'weights' / f'{name.removesuffix("_aws")}.aws_tin200'
+    results = json.loads((folder / 'results.json').read_text())
+    weights = {'date': results['date'], 'top1': results['metrics']['top1']}
+    if record['networks'].get(name, {}).get('weights') != weights:
+        size = json.loads((folder / 'config.json').read_text())['pretrained_cfg']['input_size'][-1]
+        record['networks'][name] = {
+            'weights': weights, 'img_size': size, 'versions': versions(), 'hardware': hardware('cpu'),
+            'threads': torch.get_num_threads(), 'runs': []}
+    return record['networks'][name]
+
+
+def run_missing(images: list[Path], name: str, record: dict, scratch: Path) -> None:
+    """Fine-tunes one network in every way that its record lacks, and writes the results after each."""
+    network = network_record(record, name)
+    done = {(run['rule'], run['lr'], run['seed']) for run in network['runs']}
+    missing = [key for key in ((rule, lr, seed) for seed in SEEDS for rule, row in ROWS.items() for lr in row[2])
+               if key not in done]
+    for seed in sorted({seed for *_, seed in missing}):
+        make_folders(images, scratch / name / str(seed), seed, round(network['img_size'] * MARGIN))
+    with tqdm(missing, unit='run') as progress:
+        for rule, lr, seed in progress:
+            top1 = fine_tune(name, scratch / name / str(seed), rule, lr, seed, progress)
+            network['runs'].append({'rule': rule, 'lr': lr, 'seed': seed, 'top1': round(top1, 2)})
+            write(RESULT, json.dumps(record, indent=1) + '\n')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('source', type=Path, help='17flowers.tgz, or a folder of its images')
+    parser.add_argument('--model', choices=MODELS, nargs='+', default=MODELS, help='which networks; default: all')
     options = parser.parse_args()
-    weights = json.loads((ROOT / 'weights' / 'ws_resnet50.aws_tin200' / 'results.json').read_text())
-    record = json.loads(RESULT.read_text()) if RESULT.exists() else {
-        'command': 'python scripts/fine_tuning.py 17flowers',
-        'model': f'ws_resnet50_aws, pretrained on Tiny-ImageNet-200 (weights of {weights["date"]}, '
-                 f'{weights["metrics"]["top1"]} % top-1 there)',
-        'dataset': f'Oxford 17 Category Flower Dataset, at 64 px; of each of the first {CLASSES} classes {TRAINED} '
-                   f'photographs to train on and {VALIDATED} others to validate on, drawn by each seed',
-        'versions': versions(), 'hardware': hardware('cpu'), 'threads': torch.get_num_threads(), 'runs': [],
-    }
+    record = json.loads(RESULT.read_text()) if RESULT.exists() else {'command': COMMAND, 'networks': {}}
     record['settings'] = {
         'batch_size': BATCH_SIZE, 'momentum': 0.9, 'weight_decay': WEIGHT_DECAY, 'sched': 'cosine, by step',
         'rows': ROWS}
-    done = {(run['rule'], run['lr'], run['seed']) for run in record['runs']}
-    missing = [key for key in ((rule, lr, seed) for seed in SEEDS for rule, row in ROWS.items() for lr in row[2])
-               if key not in done]
-    with tempfile.TemporaryDirectory() as folder, tqdm(missing, unit='run') as progress:
+    with tempfile.TemporaryDirectory() as folder:
         if options.source.is_file():
             with tarfile.open(options.source) as archive:
                 archive.extractall(folder, filter='data')
         images = sorted((Path(folder) if options.source.is_file() else options.source).rglob('image_*.jpg'))
         if len(images) != 1360:
             parser.error(f'{options.source} holds {len(images)} of 1,360 images: give 17flowers.tgz.')
-        for seed in sorted({seed for *_, seed in missing}):
-            make_folders(images, Path(folder, 'split', str(seed)), seed)
-        for rule, lr, seed in progress:
-            top1 = fine_tune(Path(folder, 'split', str(seed)), rule, lr, seed, progress)
-            record['runs'].append({'rule': rule, 'lr': lr, 'seed': seed, 'top1': round(top1, 2)})
-            write(RESULT, json.dumps(record, indent=1) + '\n')
+        for name in options.model:
+            run_missing(images, name, record, Path(folder))
     write(RESULT.with_suffix('.md'), text(record))
     fill_in(values())
 
