@@ -67,7 +67,7 @@ def make_folders(images: list[Path], root: Path, seed: int, side: int) -> None:
             for index in chosen:
                 image = Image.open(images[label * PER_CLASS + index]).convert('RGB')
                 scale = side / min(image.size)
-                image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
+                image = image.resize([round(scale * length) for length in image.size], Image.Resampling.BICUBIC)
                 image.save(folder / f'{index:02}.png')
 
 
