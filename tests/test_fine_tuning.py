@@ -39,6 +39,10 @@ def test_results_are_of_the_settings_of_the_script(name):
             assert not found or abs(float(cell.split()[0]) - sum(found) / len(found)) < 0.051
 
 
+def test_the_report_is_that_of_the_results():
+    assert fine_tuning.RESULT.with_suffix('.md').read_text() == fine_tuning.text(RECORD)
+
+
 def test_other_weights_start_anew_and_the_same_go_on():
     runs = [{'rule': 'SGD', 'lr': 0.01, 'seed': 0, 'top1': 80.0}]
     record = {'networks': {'ws_resnet18_aws': {'weights': {'date': '2026-01-01', 'top1': 1.0}, 'runs': runs}}}
