@@ -1,8 +1,8 @@
 """Checkpoint folders, `<architecture>.<tag>`: what they hold, what timm learns from them, and checks of their files.
 
 A folder equals its repository on the Hugging Face Hub byte for byte, so `local-dir:` and `hf-hub:` names work as for
-any timm model. The project's own folders are in `weights/` and in the wheel. A folder may come without its weights:
-they are then loaded from the Hub, if it is known where.
+any timm model. The project's own folders are in `weights/` and in the wheel, which leaves the weights of some out. A
+folder may come without its weights: they are then loaded from the Hub, if it is known where.
 """
 import hashlib
 import json
@@ -89,8 +89,9 @@ def _how_to_get_weights(cfg: PretrainedCfg) -> str:
     if not (folder / CONFIG).is_file():
         return "timm.list_pretrained('*_aws*') names the networks that have weights."
     return (
-        f'{folder.name} has been trained, but its weights do not come with the package: set {NAMESPACE_VARIABLE} to '
-        f'the user or organization that published it on the Hub, or train it again as its card says ({folder / CARD}).'
+        f'{folder.name} has been trained, but its weights are not in {folder}: install a clone with `pip install -e`, '
+        f'set {NAMESPACE_VARIABLE} to the user or organization that published it on the Hub, or train it again as its '
+        f'card says ({CARD}).'
     )
 
 
