@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import timm_aws  # noqa: F401  registers the model and the optimizer
 
-MODELS = ('ws_resnet50_aws', 'ws_resnet18_aws')
+MODELS = ('ws_resnet50_aws', 'ws_resnet18_aws', 'ws_seresnet50_aws')
 CLASSES, PER_CLASS = 10, 80
 TRAINED, VALIDATED = 20, 20  # photographs of a class
 LRS = (0.003, 0.01, 0.03, 0.1)
@@ -141,10 +141,10 @@ def values() -> dict[str, str]:
         mean = {(rule, lr): statistics.mean(run['top1'] for run in network['runs']
                                             if (run['rule'], run['lr']) == (rule, lr))
                 for rule, row in ROWS.items() for lr in row[2]}
-        depth = name.removeprefix('ws_resnet').removesuffix('_aws')
-        found[f'tune{depth}_best'] = f'{mean["aws_sgd", 0.03]:.1f}'
-        found[f'tune{depth}_usual'] = f'{mean["aws_sgd", 0.1]:.1f}'
-        found[f'tune{depth}_scratch'] = f'{max(mean[SCRATCH, lr] for lr in ROWS[SCRATCH][2]):.1f}'
+        short = name.removeprefix('ws_').removesuffix('_aws').replace('resnet', '')
+        found[f'tune{short}_best'] = f'{mean["aws_sgd", 0.03]:.1f}'
+        found[f'tune{short}_usual'] = f'{mean["aws_sgd", 0.1]:.1f}'
+        found[f'tune{short}_scratch'] = f'{max(mean[SCRATCH, lr] for lr in ROWS[SCRATCH][2]):.1f}'
     return found
 
 

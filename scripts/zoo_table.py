@@ -10,8 +10,8 @@ from pathlib import Path
 from outputs import ROOT, fill_in
 
 HEAD = """\
-| checkpoint | million parameters | trained and validated on | top-1 | top-5 | weights |
-|---|---|---|---|---|---|
+| checkpoint | million parameters | trained and validated on | top-1 | top-5 |
+|---|---|---|---|---|
 """
 
 
@@ -22,7 +22,7 @@ def row(folder: Path) -> str:
     return (
         f'| [`{results["name"]}`](weights/{results["name"]}) | {results["weights"]["parameters"] / 1e6:.1f} '
         f'| {results["dataset"]}, {config["pretrained_cfg"]["input_size"][-1]} px '
-        f'| {metrics["top1"]:.2f} % | {metrics["top5"]:.2f} % | {results["weights"]["bytes"] / 2**20:.0f} MiB |\n'
+        f'| {metrics["top1"]:.2f} % | {metrics["top5"]:.2f} % |\n'
     )
 
 

@@ -22,7 +22,8 @@ from timm_aws.checkpoint.publish import publish
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = ROOT / 'weights' / 'ws_resnet50.aws_tin200'
-NAMES = ['ws_resnet18.aws_tin200', 'ws_resnet18_aws', 'ws_resnet50.aws_tin200', 'ws_resnet50_aws']
+NAMES = ['ws_resnet18.aws_tin200', 'ws_resnet18_aws', 'ws_resnet50.aws_tin200', 'ws_resnet50_aws',
+         'ws_seresnet50.aws_tin200', 'ws_seresnet50_aws']
 
 
 @pytest.fixture(scope='module')
@@ -111,8 +112,8 @@ def test_checkpoint_path_and_overlay(model, tmp_path):
 
 def test_list_of_pretrained_models_tells_the_truth():
     assert timm.list_pretrained('*aws*') == NAMES
-    assert timm.list_pretrained('ws_resnet50*') == NAMES[2:]
-    assert timm.list_models('*_aws') == ['ws_resnet18_aws', 'ws_resnet50_aws']
+    assert timm.list_pretrained('ws_resnet50*') == NAMES[2:4]
+    assert timm.list_models('*_aws') == NAMES[1::2]
     for name in timm.list_models(timm_aws.list_models(), pretrained=True):
         assert Path(get_pretrained_cfg(name).file).is_file()
 
@@ -184,7 +185,8 @@ def test_adding_a_folder_adds_its_names(tmp_path):
     assert found['classes without weights'] == 200
     assert re.fullmatch(
         r'No pretrained weights exist for ws_resnet34\. Use `pretrained=False` for random init\.\n'
-        r'ws_resnet34\.aws_a has been trained, .* set TIMM_AWS_HUB_NAMESPACE .* train it again .*', found['refusal'])
+        r'ws_resnet34\.aws_a has been trained, but its weights are not in .*/weights/ws_resnet34\.aws_a: install a '
+        r'clone with `pip install -e`, set TIMM_AWS_HUB_NAMESPACE to the .*, or train it again as .*', found['refusal'])
 
 
 def test_untrained_networks_are_refused_in_timms_words_and_we_name_the_trained_ones():
@@ -241,20 +243,33 @@ def test_loading_takes_less_than_two_seconds():
     assert time.perf_counter() - start < 2
 
 
-def test_wheel_brings_the_weights_and_loads_them_offline(tmp_path):
+WHEEL = '''
+import json, timm, timm_aws
+model = timm.create_model('ws_resnet50_aws', pretrained=True)
+try:
+    timm.create_model('ws_seresnet50_aws', pretrained=True)
+except RuntimeError as error:
+    refusal = str(error)
+print(json.dumps([timm_aws.__file__, model.num_classes, model.pretrained_cfg['file'], timm.list_pretrained('*aws*'),
+                  refusal]))
+'''
+
+
+def test_wheel_brings_the_weights_of_two_networks_and_loads_them_offline(tmp_path):
     subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation',
                     '--wheel-dir', tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob('timm_aws-*.whl')
+    assert wheel.stat().st_size < 90 * 2**20, 'PyPI takes no more than 100 MB'
     site = tmp_path / 'site'
     shutil.unpack_archive(wheel, site, 'zip')
-    code = ('import timm_aws, timm; m = timm.create_model("ws_resnet50_aws", pretrained=True); '
-            'print(timm_aws.__file__, m.num_classes, m.pretrained_cfg["file"])')
     environment = {'PYTHONPATH': str(site), 'HF_HUB_OFFLINE': '1', 'HOME': str(tmp_path)}
-    output = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path,
-                            env=environment).stdout.split()
-    assert wheel.stat().st_size < 90 * 2**20, 'PyPI takes no more than 100 MB'
+    module, num_classes, file, pretrained, refusal = json.loads(subprocess.run(
+        [sys.executable, '-c', WHEEL], capture_output=True, text=True, check=True, cwd=tmp_path,
+        env=environment).stdout)
     path = site / 'timm_aws' / 'weights' / BUNDLED.name / 'model.safetensors'
-    assert output == [str(site / 'timm_aws' / '__init__.py'), '200', str(path)]
+    assert (module, num_classes, file) == (str(site / 'timm_aws' / '__init__.py'), 200, str(path))
+    assert pretrained == NAMES[:4]
+    assert 'ws_seresnet50.aws_tin200 has been trained, but its weights are not in' in refusal
     assert (site / 'timm_aws_cli.py').is_file()
     assert path.read_bytes() == (BUNDLED / 'model.safetensors').read_bytes()
 
