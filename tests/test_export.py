@@ -176,6 +176,14 @@ def test_without_matplotlib_there_is_no_picture(train_run, tmp_path, monkeypatch
     assert 'effective_lr.png' not in (tmp_path / NAME / 'README.md').read_text()
 
 
+def test_one_epoch_is_no_curve(train_run, tmp_path):
+    export(train_run(epochs=1), tmp_path / NAME, **SETTINGS)
+    check_folder(tmp_path / NAME)
+    assert (tmp_path / NAME / 'effective_lr.csv').is_file()
+    assert not (tmp_path / NAME / 'effective_lr.png').exists()
+    assert 'effective_lr.png' not in (tmp_path / NAME / 'README.md').read_text()
+
+
 def test_damaged_checkpoints_beside_the_best_are_left_out_of_the_curves(train_run, tmp_path):
     run = train_run(epochs=3)
     (run / 'checkpoint-0.pth.tar').write_bytes(b'')

@@ -233,7 +233,7 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, ema: bool, full_precisi
 
 
 def _write_effective_lr(checkpoint: Checkpoint, before: Before, folder: Path) -> None:
-    """Writes the effective learning rate after each epoch of which a checkpoint exists, and draws it."""
+    """Writes the effective learning rate after each epoch of which a checkpoint exists, and draws two or more."""
     rows: list[tuple] = []
     if before.folder and (before.folder / CURVES).is_file():
         with (before.folder / CURVES).open(newline='') as file:
@@ -253,6 +253,8 @@ def _write_effective_lr(checkpoint: Checkpoint, before: Before, folder: Path) ->
     with (folder / CURVES).open('w', newline='') as file:
         # Sorted by epoch; the layers of one epoch stay in the network's order.
         csv.writer(file).writerows([('epoch', 'layer', 'lr', 'length'), *sorted(rows, key=lambda row: row[0])])
+    if len({epoch for epoch, _, lr, _ in rows if float(lr) > 0}) < 2:  # one point is no curve
+        return
     try:
         from ..plot import plot_effective_lr
     except ImportError:  # the package can do without matplotlib

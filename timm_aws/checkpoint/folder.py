@@ -22,8 +22,8 @@ CONFIG = 'config.json'  # read by timm
 ARGS = 'args.yaml'  # every option of train.py
 RESULTS = 'results.json'  # accuracies and how they were measured, size and sha256 of the weights
 CARD = 'README.md'
-CURVES = 'effective_lr.csv'  # this and its picture exist only if the run kept more than its last checkpoint
-PICTURE = 'effective_lr.png'
+CURVES = 'effective_lr.csv'  # exists only if the run kept more than its last checkpoint
+PICTURE = 'effective_lr.png'  # exists only if two or more of these epochs ended at a learning rate above 0
 
 NAMESPACE_VARIABLE = 'TIMM_AWS_HUB_NAMESPACE'
 
