@@ -4,7 +4,7 @@
 
 The photographs come with scikit-image, the digits with scikit-learn (1,797 images of 8 by 8,
 https://doi.org/10.24432/C50P49), the weights with this package: nothing is downloaded. The network knows the 200
-classes of Tiny-ImageNet and sees 96 by 96 pixels of each photograph.
+classes of Tiny-ImageNet and sees 128 by 128 pixels of each photograph.
 
 A fifth of the digits is held out. Each epoch prints the loss, the accuracy on the held-out images, and the median
 effective learning rate, lr / std of the filter.

@@ -10,7 +10,7 @@ from pathlib import Path
 from outputs import ROOT, fill_in
 
 HEAD = """\
-| checkpoint | parameters (M) | trained and validated on | top-1 | top-5 |
+| checkpoint | parameters (M) | data set, size in use | top-1 | top-5 |
 |---|---|---|---|---|
 """
 

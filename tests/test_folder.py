@@ -45,10 +45,10 @@ def test_bundled_folder_is_whole(folder):
     check_folder(folder)
 
 
-def test_it_has_two_hundred_classes_with_names_and_takes_96_pixels(model):
+def test_it_has_two_hundred_classes_with_names_and_takes_128_pixels(model):
     assert (model.num_classes, model.fc.out_features) == (200, 200)
     cfg = model.pretrained_cfg
-    assert (cfg['input_size'], cfg['crop_pct']) == ((3, 96, 96), 1.0)
+    assert (cfg['input_size'], cfg['crop_pct']) == ((3, 128, 128), 1.0)
     assert len(cfg['label_names']) == len(cfg['label_descriptions']) == 200
     assert cfg['label_descriptions']['n07873807'] == 'pizza, pizza pie'
     assert timm.create_model('ws_resnet50_aws').num_classes == 200

@@ -77,6 +77,8 @@ def test_runs_that_led_to_a_folder_of_the_same_data_go_before(train_run, tmp_pat
     results = export(last, tmp_path / NAME, **SETTINGS)
     assert 'start' not in results
     assert results['hardware'] == f'another CPU, then {before["hardware"]}'
+    path.write_text(json.dumps(before | {'hardware': results['hardware']}))
+    assert export(last, tmp_path / 'again' / NAME, **SETTINGS)['hardware'] == results['hardware']  # once each
     assert [run['epochs'] for run in results['training']] == [2, 2, 2]
     # What the args.yaml of the last run has otherwise is added to the commands, in front of what is said of them.
     commands = [run['command'] for run in results['training']]

@@ -82,7 +82,8 @@ def results_of(
         'alpha': checkpoint.alpha,
         'seed': args['seed'],
         'versions': {name: importlib.metadata.version(name) for name in ('timm_aws', 'timm', 'torch')},
-        'hardware': ', then '.join(dict.fromkeys(filter(None, [before.hardware, hardware(args['device'])]))),
+        'hardware': ', then '.join(dict.fromkeys(filter(None, [
+            *before.hardware.split(', then '), hardware(args['device'])]))),
         'date': datetime.date.today().isoformat(),
         **({'start': before.start} if before.start else {}),
     }
