@@ -185,11 +185,12 @@ Learning rate divided by filter length after each epoch, the median over each la
 '''
     kind = 'averaged weights (EMA)' if results['weights']['ema'] else 'weights'
     momentum = f', momentum {results["momentum"]}' if results['momentum'] is not None else ''  # Adam has none
+    size = f', on images of {args["img_size"]} px' if args.get('img_size') else ''  # else the network's own
     text = _filled(
         f'{_escaped(args["opt"])}{f" ({options})" if options else ""}{momentum}, batch size '
         f'{results["batch_size"]}, {sum(stage["epochs"] for stage in stages)} epochs{seen}, '
         f'{hours}{results["hardware"]}, seed {results["seed"]}. These are the {kind} after epoch '
-        f'{results["train_py"]["epoch"]} of the last run. [args.yaml](args.yaml) holds every option of timm\'s '
+        f'{results["train_py"]["epoch"]} of the last run{size}. [args.yaml](args.yaml) holds every option of timm\'s '
         f'unmodified train.py:')
     return f'''## Training
 

@@ -21,9 +21,10 @@ __all__ = ['Before', 'before_of', 'hardware', 'results_of', 'settings_of']
 
 _logger = logging.getLogger(__name__)
 
-# Options of train.py about paths on one machine, and how many checkpoints are kept there; what train.py itself sets.
+# Options of train.py about paths on one machine, how many checkpoints are kept there and how often it prints; what
+# train.py itself sets.
 _PLACES = ('data_dir', 'data', 'output', 'experiment', 'initial_checkpoint', 'resume', 'checkpoint_hist',
-           'distributed', 'world_size', 'rank', 'local_rank', 'prefetcher')
+           'log_interval', 'distributed', 'world_size', 'rank', 'local_rank', 'prefetcher')
 _COMMENT = '  # '  # between a command and what is to be said of it
 
 
@@ -83,7 +84,7 @@ def results_of(
         'seed': args['seed'],
         'versions': {name: importlib.metadata.version(name) for name in ('timm_aws', 'timm', 'torch')},
         'hardware': ', then '.join(dict.fromkeys(filter(None, [
-            *before.hardware.split(', then '), hardware(args['device'])]))),
+            *before.hardware.split(', then '), hardware(args['device'])]))),  # each machine once
         'date': datetime.date.today().isoformat(),
         **({'start': before.start} if before.start else {}),
     }
