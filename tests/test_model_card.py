@@ -18,6 +18,13 @@ def test_card_has_the_measured_accuracy_in_words_and_in_the_model_index(train_ru
     assert 'no ImageNet-1k model' in card.text
 
 
+def test_card_says_the_size_of_use_and_that_of_the_training(train_run, tmp_path):
+    export(train_run(img_size=32), tmp_path / NAME, **SETTINGS, img_size=40)
+    text = (tmp_path / NAME / 'README.md').read_text().replace('\n', ' ')
+    assert 'after epoch 2 of the last run, on images of 32 px.' in text
+    assert 'expects photographs of 40 × 40 pixels' in text
+
+
 def test_card_of_an_unnamed_network_prints_indices(train_run, tmp_path):
     export(train_run(), tmp_path / NAME, **SETTINGS)
     assert "print(f'{probabilities[index]:.1%}', index)" in (tmp_path / NAME / 'README.md').read_text()

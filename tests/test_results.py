@@ -68,7 +68,7 @@ def test_runs_before_are_told_in_order(train_run, tmp_path):
 
 
 def test_runs_that_led_to_a_folder_of_the_same_data_go_before(train_run, tmp_path):
-    first = train_run(img_size=32, epochs=3, lr=0.2, amp=False)
+    first = train_run(img_size=32, epochs=3, lr=0.2, amp=False, log_interval=7)  # no part of a command
     second = train_run(initial_checkpoint=str(first / 'checkpoint-1.pth.tar'), smoothing=0.1, aa="it's # 1")
     before = export(second, tmp_path / 'before' / NAME, **SETTINGS)
     path = tmp_path / 'before' / NAME / 'results.json'
